@@ -1,0 +1,613 @@
+"""train.py: the recipe, the data, one step, what a run writes, resuming, bad input, and that it learns."""
+
+import csv
+import functools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL, encode, write_dataset
+from PIL import Image
+from torchvision import transforms
+from torchvision.models import resnet18, resnet50
+
+import train
+from draw_cars import draw_cars
+from stand_in_hub import stand_in_hub
+
+CPU = torch.device("cpu")
+FP32 = torch.autocast("cpu", torch.bfloat16, enabled=False)
+
+
+def history(folder) -> list[dict]:
+    with open(folder / "history.csv", newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def load(path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def jpeg(seed: int, width: int = 60, height: int = 40) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height // 10, width // 10, 3), np.uint8)
+    return encode(Image.fromarray(pixels).resize((width, height)))
+
+
+# ---------------------------------------------------------------- the recipe
+
+
+def test_defaults_are_the_recipe():
+    args = train.parse_args([], {})
+    assert (args.dataset, args.weights, args.resolution) == ("tanganke/stanford_cars", "IMAGENET1K_V2", 224)
+    assert (args.epochs, args.batch_size, args.momentum, args.weight_decay, args.step_size) == (90, 128, 0.9, 1e-4, 30)
+    assert args.amp and args.compile == torch.cuda.is_available() and args.lr is None
+
+
+def test_lr_falls_by_ten_every_thirty_of_ninety_epochs(run_train, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "train_one_epoch", lambda epoch, *rest: (1.0, 0.5, 0.1))
+    monkeypatch.setattr(train, "evaluate", lambda *rest: (1.0, 0.5))
+    monkeypatch.setattr(torch, "save", lambda value, path: path.touch())
+    monkeypatch.setattr(train, "plot_history", lambda rows: train.Figure(figsize=(1, 1)))
+    monkeypatch.setattr(torch.optim.lr_scheduler.StepLR, "step", quiet_step(torch.optim.lr_scheduler.StepLR.step))
+    status, out, err = run_train("--output-dir", tmp_path, "--lr", 0.1)
+    assert status == 0, err
+    expected = [0.1] * 30 + [0.01] * 30 + [0.001] * 30
+    assert [row["lr"] for row in history(tmp_path)] == pytest.approx(expected)
+
+
+def quiet_step(step):
+    def run(self, *args):
+        self.optimizer._opt_called = True  # the optimizer takes no step where training is left out
+        return step(self, *args)
+
+    return run
+
+
+@pytest.mark.parametrize("batch_size, lr", [(8, 0.00625), (16, 0.0125)])
+def test_lr_scales_with_the_batch_where_it_is_left_out(cars, tmp_path, capfd, batch_size, lr):
+    flags = f"--dataset {cars} --weights none --resolution 33 --workers 0 --epochs 1 --batch-size {batch_size}"
+    assert train.run_command(lambda: train.main([*flags.split(), "--output-dir", str(tmp_path)])) == 0
+    assert history(tmp_path)[0]["lr"] == lr
+    assert f"lr {lr:g} (0.1 × {batch_size}/128)" in capfd.readouterr().out
+
+
+def test_one_learning_rate_for_all_parameters_and_nothing_frozen(run_train, tmp_path):
+    torch.manual_seed(0)
+    start = train.build_model("none", 8).state_dict()
+    assert run_train("--output-dir", tmp_path, "--epochs", 1)[0] == 0
+    last = load(tmp_path / "last_checkpoint.pth")
+    (group,) = last["optimizer"]["param_groups"]
+    assert len(group["params"]) == len(list(resnet50().parameters()))
+    assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 1e-4, False)
+    for name, value in last["model"].items():
+        assert not torch.equal(value, start[name]), f"{name} did not change"
+
+
+# ---------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize("size", [(60, 40), (640, 427), (333, 500)])
+@pytest.mark.parametrize("resolution", [64, 224])
+def test_crops_equal_the_pil_path_within_one(size, resolution):
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8))
+    tensor = train.v2.functional.pil_to_tensor(photo)
+    pil_train = transforms.Compose([transforms.RandomResizedCrop(resolution), transforms.RandomHorizontalFlip()])
+    side = int(resolution * 256 / 224)
+    pil_test = transforms.Compose([transforms.Resize(side), transforms.CenterCrop(resolution)])
+    pairs = [(train.train_transform(resolution), pil_train)] * 3 + [(train.test_transform(resolution), pil_test)]
+    for seed, (ours, theirs) in enumerate(pairs):
+        torch.manual_seed(seed)
+        ours = ours(tensor)
+        torch.manual_seed(seed)
+        theirs = transforms.functional.pil_to_tensor(theirs(photo))
+        assert ours.dtype == torch.uint8 and ours.shape == (3, resolution, resolution)
+        assert (ours.int() - theirs.int()).abs().max() <= 1
+
+
+def test_normalised_crops_equal_to_tensor_and_normalize():
+    crop = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8))
+    steps = [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+    ours = train.normalize(transforms.functional.pil_to_tensor(crop)[None], CPU)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(ours[0], transforms.Compose(steps)(crop), rtol=1e-5, atol=1e-5)
+
+
+def upright_red_over_blue(mode: str = "RGB") -> Image.Image:
+    photo = Image.new("RGB", (48, 32), (220, 30, 30))
+    photo.paste((30, 30, 220), (0, 16, 48, 32))
+    return photo.convert(mode)
+
+
+def exif_turned(orientation: int) -> bytes:
+    turn = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encode(upright_red_over_blue().transpose(turn[orientation]), exif=exif.tobytes(), quality=95)
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        encode(upright_red_over_blue(), quality=95),
+        encode(upright_red_over_blue("CMYK"), quality=95),
+        encode(upright_red_over_blue(), format="PNG"),
+        encode(upright_red_over_blue("RGBA"), format="PNG"),
+        encode(upright_red_over_blue().quantize(4), format="PNG", transparency=0),
+        encode(upright_red_over_blue(), format="WEBP", lossless=True),
+        encode(upright_red_over_blue(), format="BMP"),
+        encode(upright_red_over_blue(), format="GIF"),
+        encode(upright_red_over_blue(), format="TIFF"),
+        exif_turned(3),
+        exif_turned(6),
+        exif_turned(8),
+    ],
+    ids="jpeg cmyk png alpha palette webp bmp gif tiff exif-3 exif-6 exif-8".split(),
+)
+def test_every_kind_of_photo_is_upright_rgb(encoded):
+    photo = train.decode_photo(encoded)
+    assert photo.shape == (3, 32, 48) and photo.dtype == torch.uint8
+    expected = train.v2.functional.pil_to_tensor(upright_red_over_blue())
+    assert (photo[:, 4:12].int() - expected[:, 4:12].int()).abs().max() < 25
+    assert (photo[:, 20:28].int() - expected[:, 20:28].int()).abs().max() < 25
+
+
+@pytest.mark.parametrize("mode, dtype", [("L", np.uint8), ("I;16", np.uint16)])
+def test_greyscale_and_16_bit_become_rgb_of_the_same_brightness(mode, dtype):
+    grey = np.linspace(0, np.iinfo(dtype).max, 32 * 48).reshape(32, 48).astype(dtype)
+    photo = train.decode_photo(encode(Image.fromarray(grey), format="PNG"))
+    expected = (grey / np.iinfo(dtype).max * 255).round()
+    assert photo.shape == (3, 32, 48) and photo.dtype == torch.uint8
+    assert np.abs(photo.numpy() - expected).max() <= 1
+
+
+def test_draws_depend_on_seed_epoch_and_photo_alone(cars):
+    split = train.load_cars(str(cars))["train"]
+    photos = train.CarPhotos(split, train.train_transform(32), seed=1)
+    torch.manual_seed(123)
+    first = photos[3, 5][0]
+    state = torch.get_rng_state()
+    photos[1, 2]
+    assert torch.equal(photos[3, 5][0], first)
+    assert torch.equal(torch.get_rng_state(), state), "loading a photo changed the random state of the process"
+    assert not torch.equal(photos[4, 5][0], first)
+    assert not torch.equal(train.CarPhotos(split, train.train_transform(32), seed=2)[3, 5][0], first)
+
+
+def test_each_epoch_has_every_photo_once_in_its_own_order():
+    batches = list(train.batch_keys(10, 4, range(1, 3), seed=0))
+    assert [len(batch) for batch in batches] == [4, 4, 2, 4, 4, 2]
+    orders = [[row for batch in batches[:3] for _, row in batch], [row for batch in batches[3:] for _, row in batch]]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(10)) and orders[0] != orders[1]
+
+
+def test_an_image_folder_gives_the_same_photos_and_classes(cars, tmp_path):
+    for split, photos in train.load_cars(str(cars)).items():
+        names = photos.features["label"].names
+        for row, item in enumerate(photos):
+            folder = tmp_path / split / names[item["label"]]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{row:03}.jpg").write_bytes(item["image"]["bytes"])
+    found = train.load_cars(str(tmp_path))
+    assert found["train"].features["label"].names == names
+    assert np.bincount(found["train"]["label"]).tolist() == [2] * 8 and len(found["test"]) == 8
+    crop, label = train.CarPhotos(found["test"], train.test_transform(32))[0, 3]
+    assert crop.shape == (3, 32, 32) and names[label] in found["test"][3]["image"]["path"]
+
+
+def test_a_local_folder_that_changes_is_read_anew(tmp_path):
+    for width in (30, 60):
+        shutil.rmtree(tmp_path / "cars", ignore_errors=True)
+        rows = [(jpeg(0, width), 0), (jpeg(1, width), 1)]
+        folder = write_dataset(tmp_path / "cars", rows, rows, ["a", "b"])
+        item = train.load_cars(str(folder))["test"][0]
+        assert train.decode_photo(item["image"]["bytes"]).shape[2] == width
+
+
+# ---------------------------------------------------------------- one step, one evaluation
+
+
+def test_a_step_equals_a_plain_reference_step():
+    torch.manual_seed(0)
+    model, reference = resnet50(num_classes=8), resnet50(num_classes=8)
+    reference.load_state_dict(model.state_dict())
+    start = torch.cat([p.detach().flatten() for p in model.parameters()])
+    model = model.to(memory_format=torch.channels_last)
+    images, targets = torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8), torch.arange(6)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=1e-4)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    forward = lambda images: model(train.normalize(images, CPU))  # noqa: E731
+    loss, accuracy, _ = train.train_one_epoch(1, forward, [(images, targets)], optimizer, scaler, FP32)
+
+    plain = torch.optim.SGD(reference.parameters(), 0.1, 0.9, weight_decay=1e-4)
+    normalize = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    logits = reference(normalize(images.float() / 255))
+    expected = torch.nn.functional.cross_entropy(logits, targets)
+    expected.backward()
+    plain.step()
+    assert loss == pytest.approx(expected.item(), rel=1e-4)
+    assert accuracy == pytest.approx((logits.argmax(1) == targets).float().mean().item())
+    ours, theirs = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (model, reference))
+    assert (ours - theirs).norm() < 1e-3 * (theirs - start).norm()
+
+
+def test_evaluation_counts_each_photo_once():
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
+    batches = [(logits[:2], torch.tensor([0, 0])), (logits[2:], torch.tensor([0]))]
+    loss, accuracy = train.evaluate(lambda images: images, batches, FP32)
+    assert accuracy == pytest.approx(2 / 3)
+    assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, torch.zeros(3, dtype=int)).item())
+
+
+def test_kept_test_batches_are_decoded_once(cars, monkeypatch):
+    photos = train.CarPhotos(train.load_cars(str(cars))["test"], train.test_transform(32))
+    loader = train.make_loader(photos, list(train.batch_keys(8, 3)), 0, CPU)
+    kept, decoded, decode = train.KeptBatches(loader), [], train.decode_photo
+    monkeypatch.setattr(train, "decode_photo", lambda encoded: decoded.append(1) or decode(encoded))
+    first, second = list(kept), list(kept)
+    assert len(decoded) == 8 and [len(labels) for _, labels in second] == [3, 3, 2]
+    assert all(torch.equal(a, b) for x, y in zip(first, second, strict=True) for a, b in zip(x, y, strict=True))
+
+
+# ---------------------------------------------------------------- what a run writes
+
+
+@pytest.fixture(scope="module")
+def finished(cars, tmp_path_factory):
+    """The folder of a run of two epochs."""
+    folder = tmp_path_factory.mktemp("finished")
+    argv = ["--dataset", str(cars), *SMALL, "--epochs", "2", "--step-size", "1", "--output-dir", str(folder)]
+    assert train.run_command(lambda: train.main(argv)) == 0
+    return folder
+
+
+def test_best_model_is_a_plain_resnet50(finished):
+    best = load(finished / "best_model.pth")
+    assert set(best) == {"model", "classes", "resolution", "epoch", "test_accuracy", "settings"}
+    resnet50(num_classes=8).load_state_dict(best["model"], strict=True)
+    assert all(value.is_contiguous() for value in best["model"].values())
+    assert {value.dtype for value in best["model"].values()} == {torch.float32, torch.int64}
+    assert len(best["classes"]) == 8 and best["resolution"] == 33 and best["settings"]["batch_size"] == 8
+    rows = history(finished)
+    assert best["test_accuracy"] == max(row["test_accuracy"] for row in rows)
+    assert rows[best["epoch"] - 1]["test_accuracy"] == best["test_accuracy"]
+
+
+def test_history_and_curves(finished):
+    rows = history(finished)
+    assert [row["epoch"] for row in rows] == [1, 2] and [row["lr"] for row in rows] == pytest.approx([0.01, 0.001])
+    assert all(0 <= row[f"{split}_accuracy"] <= 1 for row in rows for split in ("train", "test"))
+    with Image.open(finished / "training_curves.png") as picture:
+        assert picture.size == (1100, 450)
+    assert sorted(path.name for path in finished.iterdir()) == sorted(
+        ["best_model.pth", "history.csv", "last_checkpoint.pth", "training_curves.png"]
+    )
+
+
+def test_the_summary_names_best_and_last(run_train, tmp_path):
+    status, out, _ = run_train("--output-dir", tmp_path, "--epochs", 2)
+    rows = history(tmp_path)
+    best = max(rows, key=lambda row: row["test_accuracy"])
+    assert f"best test accuracy {best['test_accuracy']:.2%} in epoch {best['epoch']:.0f}" in out
+    assert f"last epoch {rows[-1]['test_accuracy']:.2%}" in out
+    assert "16 train and 8 test photos, 8 classes" in out and "\r" not in out
+
+
+def test_a_finished_run_is_not_written_over(run_train, finished):
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    status, _, err = run_train("--output-dir", finished)
+    assert status == 1 and err.count("\n") == 1
+    assert all(word in err for word in ("33 px", "epoch 2", "--resume", "--overwrite", "--output-dir"))
+    assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+
+
+def test_overwrite_replaces_the_run(run_train, finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    assert run_train("--output-dir", folder, "--epochs", 1, "--overwrite")[0] == 0
+    assert len(history(folder)) == 1 and load(folder / "best_model.pth")["epoch"] == 1
+
+
+def test_a_compiled_run_saves_a_plain_resnet50(run_train, tmp_path, monkeypatch):
+    # The eager backend runs torch.compile's capture and wrapping without two minutes of C++ compilation.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    status, out, err = run_train("--output-dir", tmp_path, "--epochs", 1, "--compile", "--batch-size", 6)
+    assert status == 0, err
+    assert "torch.compile" in out and "with compilation" in out
+    resnet50(num_classes=8).load_state_dict(load(tmp_path / "best_model.pth")["model"], strict=True)
+
+
+# ---------------------------------------------------------------- resuming
+
+
+def assert_same_run(one, other):
+    one, other = load(one / "last_checkpoint.pth"), load(other / "last_checkpoint.pth")
+    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
+    for number, state in one["optimizer"]["state"].items():
+        assert torch.equal(state["momentum_buffer"], other["optimizer"]["state"][number]["momentum_buffer"])
+    timeless = [[{**row, "seconds": 0, "photos_per_second": 0} for row in run["history"]] for run in (one, other)]
+    assert timeless[0] == timeless[1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(run_train, tmp_path, workers):
+    flags = ["--workers", workers, "--step-size", 2, "--batch-size", 6]
+    assert run_train("--output-dir", tmp_path / "unbroken", "--epochs", 3, *flags)[0] == 0
+    assert run_train("--output-dir", tmp_path / "resumed", "--epochs", 1, *flags)[0] == 0
+    status, out, err = run_train("--output-dir", tmp_path / "resumed", "--epochs", 3, *flags, "--resume")
+    assert status == 0 and "resumed after epoch 1" in out, err
+    assert_same_run(tmp_path / "unbroken", tmp_path / "resumed")
+
+
+def test_resume_takes_the_settings_of_the_run(finished, tmp_path, capfd):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    flags = ["--resume", "--epochs", "3", "--workers", "0", "--output-dir", str(folder)]
+    assert train.run_command(lambda: train.main(flags)) == 0
+    assert "33 px, batch 8, 3 epochs" in capfd.readouterr().out and len(history(folder)) == 3
+
+
+@pytest.mark.parametrize("flag, value", [("--lr", "0.5"), ("--resolution", "64"), ("--seed", "7"), ("--epochs", "1")])
+def test_resume_refuses_other_settings_by_name(run_train, finished, flag, value):
+    before = (finished / "last_checkpoint.pth").read_bytes()
+    status, _, err = run_train("--resume", "--step-size", 1, "--output-dir", finished, "--epochs", 2, flag, value)
+    assert status == 1 and err.count("\n") == 1 and f"{flag} {value}" in err
+    assert (finished / "last_checkpoint.pth").read_bytes() == before
+
+
+def test_resume_refuses_a_data_set_that_changed(run_train, finished, tmp_path):
+    draw_cars(tmp_path / "cars", train_per_class=2, test_per_class=1, width=80, seed=1)
+    folder = shutil.copytree(finished, tmp_path / "run")
+    last = load(folder / "last_checkpoint.pth")
+    last["settings"]["dataset"] = str(tmp_path / "cars")
+    torch.save(last, folder / "last_checkpoint.pth")
+    flags = ["--resume", "--step-size", 1, "--epochs", 3, "--output-dir", folder, "--dataset", tmp_path / "cars"]
+    status, _, err = run_train(*flags)
+    assert status == 1 and "has changed" in err and str(tmp_path / "cars") in err
+
+
+def test_resume_mends_what_a_kill_left_behind(run_train, finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    shutil.copy(folder / "last_checkpoint.pth", folder / ".partial-last_checkpoint.pth")
+    last = load(folder / "last_checkpoint.pth")
+    last["best_epoch"] = last["epoch"]
+    torch.save(last, folder / "last_checkpoint.pth")
+    for name in ("best_model.pth", "history.csv", "training_curves.png"):
+        (folder / name).unlink()
+    assert run_train("--resume", "--step-size", 1, "--epochs", 2, "--output-dir", folder)[0] == 0
+    assert load(folder / "best_model.pth")["epoch"] == 2 and len(history(folder)) == 2
+
+
+def test_ctrl_c_says_how_to_go_on(cars, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), "--dataset", str(cars), *SMALL, "--workers", "2"]
+    process = subprocess.Popen(
+        [*command, "--epochs", "500", "--output-dir", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not process.stdout.readline().startswith("epoch 2/500"):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.count("\n") == 1, err
+    assert f"python train.py --resume --output-dir {tmp_path}" in err
+    assert load(tmp_path / "last_checkpoint.pth")["epoch"] >= 2
+
+
+# ---------------------------------------------------------------- the Hub and pretrained weights
+
+
+def test_the_default_data_set_and_weights(cars, tmp_path, run_script):
+    shutil.copytree(cars, tmp_path / "hub")
+    for name in ("contrast", "motion_blur"):
+        shutil.copy(tmp_path / "hub/data/test-00000-of-00001.parquet", tmp_path / f"hub/data/{name}-00000-of-00001.parquet")
+    pretrained = resnet50().state_dict()
+    (tmp_path / "torch/hub/checkpoints").mkdir(parents=True)
+    weights = tmp_path / "torch/hub/checkpoints/resnet50-11ad3fa6.pth"
+    torch.save(pretrained, weights)
+    home = {"HF_HOME": str(tmp_path / "home"), "TORCH_HOME": str(tmp_path / "torch"), "HF_HUB_OFFLINE": "0"}
+    flags = ["--resolution", 33, "--batch-size", 8, "--epochs", 1, "--lr", 1e-9, "--workers", 0]
+    with stand_in_hub(tmp_path / "hub", train.DEFAULT_DATASET, train.DATASET_REVISION) as (endpoint, fetched):
+        done = run_script("train.py", *flags, "--output-dir", tmp_path / "one", HF_ENDPOINT=endpoint, **home)
+        assert done.returncode == 0, done.stderr
+        files = ["README.md", "data/test-00000-of-00001.parquet", "data/train-00000-of-00001.parquet"]
+        assert sorted(fetched) == files
+    saved = load(tmp_path / "one/best_model.pth")["model"]
+    assert saved["fc.weight"].shape == (8, 2048)
+    assert torch.allclose(saved["conv1.weight"], pretrained["conv1.weight"], atol=1e-5)
+    # Without a network, what was downloaded is enough; without that, one line says so, in seconds.
+    gone = {**home, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    assert run_script("train.py", *flags, "--output-dir", tmp_path / "two", **gone).returncode == 0
+    gone["HF_HOME"] = str(tmp_path / "elsewhere")
+    start = time.perf_counter()
+    done = run_script("train.py", *flags, "--output-dir", tmp_path / "three", **gone)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and time.perf_counter() - start < 30
+    assert train.DEFAULT_DATASET in done.stderr and "cannot download" in done.stderr
+    # A download that was cut off.
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    done = run_script("train.py", *flags, "--output-dir", tmp_path / "four", "--dataset", cars, **home)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and str(weights.parent) in done.stderr
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--resolution", 0),
+        ("--resolution", 31),
+        ("--batch-size", 0),
+        ("--batch-size", "many"),
+        ("--epochs", -1),
+        ("--epochs", 1.5),
+        ("--workers", -1),
+        ("--workers", 100000),
+        ("--lr", "nan"),
+        ("--lr", "-0.1"),
+        ("--seed", -1),
+        ("--no-such-flag",),
+        ("--resume", "--overwrite"),
+    ],
+    ids=lambda flags: "=".join(map(str, flags)),
+)
+def test_usage_errors_are_one_line_and_status_2(run_train, tmp_path, flags):
+    status, out, err = run_train("--output-dir", tmp_path, *flags)
+    assert status == 2 and out == "" and err.count("\n") == 1 and str(flags[0]) in err
+    assert not list(tmp_path.iterdir())
+
+
+def good_rows(count: int = 8) -> list:
+    return [(jpeg(seed), seed % 2) for seed in range(count)]
+
+
+def no_such_folder(folder):
+    return ["--dataset", folder / "nowhere"], "nowhere"
+
+
+def no_test_split(folder):
+    write_dataset(folder, good_rows(), good_rows(), ["a", "b"])
+    (folder / "data/test-0.parquet").unlink()
+    return ["--dataset", folder], "test split"
+
+
+def no_label_column(folder):
+    write_dataset(folder, good_rows(), good_rows(), ["a", "b"])
+    for split in ("train", "test"):
+        path = folder / "data" / f"{split}-0.parquet"
+        datasets.Dataset.from_parquet(str(path), cache_dir=str(folder)).remove_columns("label").to_parquet(path)
+    return ["--dataset", folder], "'label'"
+
+
+def no_image_column(folder):
+    write_dataset(folder, good_rows(), good_rows(), ["a", "b"])
+    for split in ("train", "test"):
+        path = folder / "data" / f"{split}-0.parquet"
+        data = datasets.Dataset.from_parquet(str(path), cache_dir=str(folder)).rename_column("image", "picture")
+        data.to_parquet(path)
+    return ["--dataset", folder], "'image'"
+
+
+def empty_test_split(folder):
+    write_dataset(folder, good_rows(), [], ["a", "b"])
+    return ["--dataset", folder], "test split"
+
+
+def other_class_names(folder):
+    write_dataset(folder, good_rows(), good_rows(), ["a", "b"])
+    write_dataset(folder / "other", good_rows(), good_rows(), ["a", "c"])
+    shutil.move(folder / "other/data/test-0.parquet", folder / "data/test-0.parquet")
+    shutil.rmtree(folder / "other")
+    return ["--dataset", folder], "classes"
+
+
+def test_class_without_train_photo(folder):
+    write_dataset(folder, [(jpeg(0), 0)] * 8, good_rows(), ["a", "b"])
+    return ["--dataset", folder], "['b']"
+
+
+test_class_without_train_photo.__test__ = False
+
+
+def label_out_of_range(folder):
+    write_dataset(folder, [*good_rows(7), (jpeg(0), -1)], good_rows(), ["a", "b"])
+    return ["--dataset", folder], "row 7"
+
+
+def damaged_train_photo(folder):
+    rows = good_rows()
+    rows[3] = (rows[3][0][:200], 1)
+    return ["--dataset", write_dataset(folder, rows, good_rows(), ["a", "b"])], "train photo in row 3"
+
+
+def text_for_a_test_photo(folder):
+    rows = good_rows()
+    rows[5] = (b"this is no photo", 1)
+    flags = ["--dataset", write_dataset(folder, good_rows(), rows, ["a", "b"]), "--workers", 2]
+    return flags, "test photo in row 5"
+
+
+def missing_weights(folder):
+    return ["--weights", folder / "none.pth"], "none.pth"
+
+
+def damaged_weights(folder):
+    folder.mkdir()
+    (folder / "damaged.pth").write_bytes(b"PK\x03\x04 cut off")
+    return ["--weights", folder / "damaged.pth"], "damaged.pth"
+
+
+def another_architecture(folder):
+    folder.mkdir()
+    torch.save(resnet18().state_dict(), folder / "resnet18.pth")
+    return ["--weights", folder / "resnet18.pth"], "another architecture"
+
+
+def batch_larger_than_the_split(folder):
+    return ["--batch-size", 17], "--batch-size 17"
+
+
+def one_photo_left_at_32_px(folder):
+    return ["--batch-size", 5, "--resolution", 32], "--resolution 32"
+
+
+def output_folder_is_a_file(folder):
+    folder.write_text("")
+    return ["--output-dir", folder], "--output-dir"
+
+
+def loss_that_is_not_finite(folder):
+    return ["--lr", 1000, "--epochs", 5], "epoch"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        no_such_folder,
+        no_test_split,
+        no_label_column,
+        no_image_column,
+        empty_test_split,
+        other_class_names,
+        test_class_without_train_photo,
+        label_out_of_range,
+        damaged_train_photo,
+        text_for_a_test_photo,
+        missing_weights,
+        damaged_weights,
+        another_architecture,
+        batch_larger_than_the_split,
+        one_photo_left_at_32_px,
+        output_folder_is_a_file,
+        loss_that_is_not_finite,
+    ],
+    ids=lambda case: case.__name__,
+)
+def test_bad_input_is_one_line_and_status_1(run_train, tmp_path, case):
+    flags, words = case(tmp_path / "input")
+    status, _, err = run_train("--output-dir", tmp_path / "run", *flags)
+    assert status == 1 and err.count("\n") == 1 and words in err, err
+    assert "Traceback" not in err
+
+
+def test_a_full_disk_leaves_the_old_files(run_train, finished, tmp_path, monkeypatch):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(value, path):
+        path.write_bytes(b"half")
+        raise OSError(28, os.strerror(28))
+
+    flags = ["--resume", "--step-size", 1, "--epochs", 3, "--output-dir", folder]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        status, _, err = run_train(*flags)
+    assert status == 1 and err.count("\n") == 1 and "No space left" in err
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert after.keys() == before.keys() and after["last_checkpoint.pth"] == before["last_checkpoint.pth"]
+    assert run_train(*flags)[0] == 0 and len(history(folder)) == 3

@@ -1,0 +1,634 @@
+"""Fine-tune an ImageNet-pretrained ResNet-50 on Stanford Cars: plain SGD, one stage, nothing frozen.
+
+The two published runs, each on one RTX 5080:
+
+    python train.py --resolution 448 --batch-size 64 --lr 0.05    # 91.78 % test accuracy, 50.3 min
+    python train.py --resolution 224 --batch-size 128 --lr 0.1    # 89.38 % test accuracy, 18.9 min
+
+Go on after a stop, with the settings of the run that was stopped:
+
+    python train.py --resume
+
+Try it with no GPU, no Hub and no pretrained weights, on drawn cars:
+
+    python tests/draw_cars.py drawn_cars
+    python train.py --dataset drawn_cars --weights none --resolution 64 --batch-size 16 --lr 0.02 \
+        --epochs 12 --step-size 8 --output-dir drawn_run
+"""
+
+import argparse
+import contextlib
+import csv
+import functools
+import hashlib
+import io
+import itertools
+import math
+import os
+import pickle
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.compute
+import torch
+import torch.nn.functional as F
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader
+from torchvision.io import decode_image
+from torchvision.models import ResNet50_Weights, resnet50
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in 0…1
+DEFAULT_DATASET = "tanganke/stanford_cars"
+DATASET_REVISION = "9abf6cf7d6dfa7b95152a0d6e791ea9435b47a40"
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # this process may use
+# What decides the result: kept in the checkpoints, and the same in a run and its resumption.
+SETTINGS = "dataset weights resolution batch_size epochs lr momentum weight_decay step_size seed amp".split()
+
+
+class InputError(Exception):
+    """What the user can put right: the command ends with this message on one line and exit status 1."""
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+# ---------------------------------------------------------------- data
+
+
+def locate(dataset: str) -> str:
+    """The folder that holds the files of a data set's train and test split, downloaded where it is not local.
+
+    Raises InputError where the Hub knows no such data set, or cannot be reached and no copy is in its cache.
+    """
+    if Path(dataset).is_dir():
+        return dataset
+    source = dict(repo_id=dataset, revision=DATASET_REVISION if dataset == DEFAULT_DATASET else None)
+    offline = None
+    try:
+        HfApi().dataset_info(**source, timeout=10)  # tried once, where snapshot_download goes on for 24 s
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise InputError(f"--dataset {dataset} is neither a folder nor a data set of the Hub") from error
+    except Exception as error:  # whatever the HTTP client raises without a network
+        offline = first_line(error)
+    try:  # not the seven corrupted copies of the test split that the repository holds too
+        files = ["README.md", "**/train-*", "**/test-*"]
+        return snapshot_download(**source, repo_type="dataset", allow_patterns=files, local_files_only=bool(offline))
+    except Exception as error:
+        reason = offline or first_line(error)
+        raise InputError(f"cannot download --dataset {dataset}, and no copy is in the cache: {reason}") from error
+
+
+def load_cars(dataset: str) -> dict[str, datasets.Dataset]:
+    """Load the splits "train" and "test", and nothing else, of a Hub data set or of a local folder.
+
+    A local folder is laid out as the Hub repository is (README.md, data/*.parquet) or as train/CLASS/*.jpg and
+    test/CLASS/*.jpg. Each split has the columns `image` (still encoded) and `label` (a ClassLabel). Raises InputError
+    where the data set cannot be had, lacks a split or a column, or has labels that do not fit.
+    """
+    splits, folder = {}, locate(dataset)
+    for split in ("train", "test"):
+        # By file, as split names are looked up in a cache that does not see a local folder change.
+        attempts = [(folder, {split: f"**/{split}-*.parquet"}), (folder, {split: f"{split}/**"})]
+        for path, data_files in attempts if folder == dataset else [*attempts, (dataset, None)]:
+            try:
+                photos = datasets.load_dataset(path, data_files=data_files, split=split)
+                break
+            except (FileNotFoundError, ValueError) as error:  # no such file, no such split
+                missing = error
+            except Exception as error:  # datasets and pyarrow each raise their own
+                raise InputError(
+                    f"cannot load the {split} split of --dataset {dataset}: {first_line(error)}"
+                ) from error
+        else:
+            raise InputError(f"--dataset {dataset} has no {split} split: {first_line(missing)}") from missing
+        kinds = {name: type(feature).__name__ for name, feature in photos.features.items()}
+        if kinds.get("image") != "Image" or kinds.get("label") != "ClassLabel" or not len(photos):
+            raise InputError(
+                f"the {split} split of --dataset {dataset} needs rows with an 'image' (Image) and a 'label' "
+                f"(ClassLabel); it has {len(photos)} rows with {kinds}"
+            )
+        for row, label in enumerate(photos["label"]):
+            if label is None or not 0 <= label < photos.features["label"].num_classes:
+                raise InputError(
+                    f"--dataset {dataset}: the {split} photo in row {row} has label {label}, which is no class"
+                )
+        splits[split] = photos.cast_column("image", datasets.Image(decode=False))
+    train_classes, test_classes = (photos.features["label"].names for photos in splits.values())
+    untrained = {train_classes[label] for label in set(splits["test"]["label"]) - set(splits["train"]["label"])}
+    if train_classes != test_classes or untrained:
+        names = sorted(untrained or set(train_classes) ^ set(test_classes)) or "the same names in another order"
+        raise InputError(f"--dataset {dataset}: the classes of the train and the test split differ: {names}"[:500])
+    return splits
+
+
+def fingerprint(cars: dict[str, datasets.Dataset]) -> str:
+    """Digest of class names, labels and file sizes, by which a data set that has changed is noticed."""
+    digest = hashlib.sha256()
+    for photos in cars.values():
+        sizes = pyarrow.compute.binary_length(pyarrow.compute.struct_field(photos.data["image"], "bytes")).to_pylist()
+        digest.update(repr((photos.features["label"].names, list(photos["label"]), sizes)).encode())
+    return digest.hexdigest()
+
+
+def decode_photo(encoded: bytes) -> torch.Tensor:
+    """Decode an image file to upright RGB: (3, H, W) uint8. Raises what its decoder raises where it is no photo."""
+    with Image.open(io.BytesIO(encoded)) as photo:  # reads the header alone, and refuses decompression bombs
+        if max(photo.size) > 50 * min(photo.size):
+            raise ValueError(f"{photo.width} × {photo.height} pixels are no photo")
+        # torchvision is about twice as fast as Pillow, and right about 16-bit PNG; Pillow is right about CMYK.
+        if photo.format in ("JPEG", "PNG") and photo.mode in ("RGB", "L", "I;16"):
+            data = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+            pixels = decode_image(data, mode="RGB", apply_exif_orientation=True)
+            return v2.functional.to_dtype(pixels, torch.uint8, scale=True)  # from uint16, for a 16-bit PNG
+        return v2.functional.pil_to_tensor(ImageOps.exif_transpose(photo).convert("RGB"))
+
+
+class CarPhotos(torch.utils.data.Dataset):
+    """The photos of one split. An item, asked for as (epoch, row), is `transform` of the photo, and its label.
+
+    `transform` gets (3, H, W) uint8. What it draws at random is a function of (seed, epoch, row), whichever worker
+    runs it. Raises InputError, naming split and row, for a photo that cannot be decoded.
+    """
+
+    def __init__(self, photos: datasets.Dataset, transform: Callable, seed: int = 0):
+        self.photos, self.transform, self.seed = photos, transform, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
+        epoch, row = key
+        try:
+            image, label = self.photos[row]["image"], self.photos[row]["label"]
+            photo = decode_photo(Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"])
+        except Exception as error:  # each decoder raises its own
+            raise InputError(
+                f"the {self.photos.split} photo in row {row} cannot be decoded: {first_line(error)}"
+            ) from error
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(
+                int(np.random.SeedSequence([self.seed, epoch, row]).generate_state(1)[0])
+            )
+            return self.transform(photo), label
+
+
+def train_transform(resolution: int) -> v2.Transform:
+    """Random crop, with torchvision's default scale and ratio, and random mirroring: (3, R, R) uint8."""
+    return v2.Compose([v2.RandomResizedCrop(resolution, antialias=True), v2.RandomHorizontalFlip()])
+
+
+def test_transform(resolution: int) -> v2.Transform:
+    """Shorter side to int(R·256/224), then the centre: (3, R, R) uint8."""
+    return v2.Compose([v2.Resize(int(resolution * 256 / 224), antialias=True), v2.CenterCrop(resolution)])
+
+
+def batch_keys(photos: int, batch_size: int, epochs: Iterable[int] = (0,), seed: int | None = None):
+    """Yield the (epoch, row) keys of each batch, epoch after epoch, in an order drawn from (seed, epoch) if seeded.
+
+    One sampler for all epochs lets the workers begin the next one while the test split is evaluated.
+    """
+    for epoch in epochs:
+        rows = range(photos) if seed is None else np.random.default_rng([seed, epoch]).permutation(photos).tolist()
+        for start in range(0, photos, batch_size):
+            yield [(epoch, row) for row in rows[start : start + batch_size]]
+
+
+def ignore_interrupt(worker: int):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which stops its workers
+
+
+def make_loader(photos: CarPhotos, keys: Iterable, workers: int, device: torch.device) -> DataLoader:
+    """Load the batches of `photos` that `keys` lists in `workers` processes."""
+    pin = device.type == "cuda"
+    return DataLoader(photos, batch_sampler=keys, num_workers=workers, pin_memory=pin, worker_init_fn=ignore_interrupt)
+
+
+class KeptBatches:
+    """The batches of a loader, kept from the first whole pass on: test crops are the same in every epoch."""
+
+    def __init__(self, loader: DataLoader):
+        self.loader, self.batches = loader, None
+
+    def __iter__(self):
+        batches = [] if self.batches is None else self.batches
+        for batch in self.loader if self.batches is None else self.batches:
+            if self.batches is None:  # in shared memory, which is scarce, unless pinned
+                batches.append([part if part.is_pinned() else part.clone() for part in batch])
+            yield batch
+        self.batches = batches
+
+
+def free_memory() -> int:
+    """Bytes of main memory that are free, for this container where there is one; 0 where Linux does not tell."""
+    try:
+        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
+        limit, used = (Path("/sys/fs/cgroup", name).read_text() for name in ("memory.max", "memory.current"))
+        return free if limit.startswith("max") else min(free, int(limit) - int(used))
+    except FileNotFoundError as error:
+        return 0 if error.filename == "/proc/meminfo" else free
+
+
+@functools.cache
+def imagenet_mean_std(device: torch.device) -> torch.Tensor:
+    """Mean and standard deviation of ImageNet's RGB in 0…255: (2, 1, 3, 1, 1) float32 on `device`."""
+    return 255 * torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device).view(2, 1, 3, 1, 1)
+
+
+def normalize(images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Move (B, 3, R, R) uint8 to `device` and normalise there: float32, channels_last."""
+    mean, std = imagenet_mean_std(device)
+    return images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last).sub(mean).div_(std)
+
+
+# ---------------------------------------------------------------- model
+
+
+def pick_precision(device: torch.device, amp: bool) -> torch.dtype:
+    """The dtype for autocast: bfloat16 where `device` computes it natively, float16 on older GPUs, else float32."""
+    if amp and device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    # Private names: torch 2.10 has no public ones.
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if amp and native else torch.float32
+
+
+def read_checkpoint(path: Path) -> dict:
+    """Read a checkpoint, or a bare state dict, of a ResNet-50 onto the CPU, running no code that the file may hold.
+
+    Returns a dict whose `model` is the state dict, without the prefixes of torch.compile and DistributedDataParallel.
+    Raises InputError for anything else.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = checkpoint if isinstance(checkpoint.get("model"), dict) else {"model": checkpoint}
+        state = {re.sub(r"^((_orig_mod|module)\.)+", "", name): value for name, value in checkpoint["model"].items()}
+        shapes = {name: value.shape for name, value in state.items()}
+        with torch.device("meta"):
+            expected = resnet50(num_classes=len(state["fc.bias"])).state_dict()
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{path} is refused: it is damaged or holds more than tensors and plain values") from error
+    except Exception as error:  # whatever the readers of zip files and old formats raise, and dicts of other things
+        raise InputError(f"{path} cannot be read as a checkpoint of a ResNet-50: {first_line(error)}") from error
+    if shapes != {name: value.shape for name, value in expected.items()}:
+        raise InputError(f"{path} holds the weights of another architecture than ResNet-50")
+    if not all(value.isfinite().all() for value in state.values()):
+        raise InputError(f"{path} holds weights that are not finite")
+    return {**checkpoint, "model": state}
+
+
+def build_model(weights: str, num_classes: int) -> torch.nn.Module:
+    """ResNet-50 from a torchvision weights name, a checkpoint file, or "none", with a `num_classes`-way fc.
+
+    The fc is new for torchvision's weights, and for a file with another number of classes. Raises InputError where
+    the weights cannot be had or are another architecture's.
+    """
+    model = resnet50(num_classes=num_classes)
+    if weights == "none":
+        return model
+    if Path(weights).is_file():
+        state = read_checkpoint(Path(weights))["model"]
+    elif weights in ResNet50_Weights.__members__:
+        try:
+            state = ResNet50_Weights[weights].get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
+        except Exception as error:  # no network, or a damaged file
+            raise InputError(
+                f"cannot load --weights {weights}: {first_line(error)}; check the network, and delete a "
+                f"damaged file in {torch.hub.get_dir()}/checkpoints"
+            ) from error
+    else:
+        names = ", ".join(ResNet50_Weights.__members__)
+        raise InputError(f"--weights {weights} is neither a file nor one of {names}, none")
+    if weights in ResNet50_Weights.__members__ or len(state["fc.bias"]) != num_classes:
+        del state["fc.weight"], state["fc.bias"]
+    model.load_state_dict(state, strict=False)
+    return model
+
+
+# ---------------------------------------------------------------- one epoch, one evaluation
+
+
+def train_one_epoch(epoch, forward, batches, optimizer, scaler, autocast) -> tuple[float, float, float]:
+    """Take a step for each of `batches`, of (B, 3, R, R) uint8 crops and (B,) labels.
+
+    Returns mean loss, accuracy (0…1) and the seconds of the first step. Raises InputError where a loss is not finite.
+    """
+    losses, sizes, correct, first, start = [], [], 0, None, time.perf_counter()
+    for images, targets in batches:
+        with autocast:
+            logits = forward(images)
+            targets = targets.to(logits.device, non_blocking=True)
+            loss = F.cross_entropy(logits, targets)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.detach())  # left on the device: .item() here would make the CPU wait for the GPU
+        correct += (logits.argmax(1) == targets).sum()
+        sizes.append(len(targets))
+        first = first or time.perf_counter() - start
+    losses = torch.stack(losses).tolist()
+    for step, loss in enumerate(losses, 1):
+        if not math.isfinite(loss):
+            raise InputError(
+                f"the loss is {loss} in epoch {epoch}, step {step}: use a smaller --lr; "
+                "the checkpoints of the epochs before are as they were"
+            )
+    return float(np.average(losses, weights=sizes)), correct.item() / sum(sizes), first
+
+
+@torch.no_grad()
+def evaluate(forward, batches, autocast) -> tuple[float, float]:
+    """Mean loss and accuracy (0…1) over `batches` of (B, 3, R, R) uint8 crops and (B,) labels."""
+    loss, correct, photos = 0, 0, 0
+    for images, targets in batches:
+        with autocast:
+            logits = forward(images).float()
+        targets = targets.to(logits.device, non_blocking=True)
+        loss += F.cross_entropy(logits, targets, reduction="sum")
+        correct += (logits.argmax(1) == targets).sum()
+        photos += len(targets)
+    return loss.item() / photos, correct.item() / photos
+
+
+# ---------------------------------------------------------------- what a run writes
+
+
+@contextlib.contextmanager
+def whole_file(path: Path):
+    """Give a name beside `path` to write to, and move it over `path` at the end: there whole, or not at all.
+
+    Raises InputError where it cannot be written; `path` is then as it was.
+    """
+    draft = path.with_name(f".partial-{path.name}")
+    try:
+        yield draft
+        os.replace(draft, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        raise InputError(f"cannot write {path}: {first_line(error)}; what was there before is whole") from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_results(checkpoint: dict, output_dir: Path):
+    """Bring best_model.pth, history.csv and training_curves.png up to `checkpoint`, which holds all they need."""
+    if checkpoint["best_epoch"] == checkpoint["epoch"]:
+        best = {key: checkpoint[key] for key in ("model", "classes", "epoch", "settings")}
+        best |= {"resolution": best["settings"]["resolution"], "test_accuracy": checkpoint["best_accuracy"]}
+        with whole_file(output_dir / "best_model.pth") as draft:
+            torch.save(best, draft)
+    with whole_file(output_dir / "history.csv") as draft, open(draft, "w", newline="") as file:
+        rows = csv.DictWriter(file, checkpoint["history"][0])
+        rows.writeheader()
+        rows.writerows(checkpoint["history"])
+    with whole_file(output_dir / "training_curves.png") as draft:
+        plot_history(checkpoint["history"]).savefig(draft, format="png")
+
+
+def plot_history(history: list[dict]) -> Figure:
+    """Loss and accuracy of both splits by epoch, with each change of the learning rate marked."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    for axes, measure in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        for split in ("train", "test"):
+            values = [row[f"{split}_{measure}"] for row in history]
+            axes.plot([row["epoch"] for row in history], values, marker=".", label=split)
+        for before, after in itertools.pairwise(history):
+            if before["lr"] != after["lr"]:
+                axes.axvline(after["epoch"] - 0.5, color="grey", linestyle=":")
+                place = dict(xy=(after["epoch"] - 0.5, 1.01), xycoords=("data", "axes fraction"), ha="center")
+                axes.annotate(f"lr {after['lr']:.2g}", color="grey", **place)
+        axes.set(xlabel="epoch", ylabel="cross-entropy loss" if measure == "loss" else "accuracy")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure
+
+
+# ---------------------------------------------------------------- command line
+
+
+def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None, **limits) -> argparse.Namespace:
+    """Parse `argv` (None: the command line); wrong flags, and numbers outside `limits`, are one line and exit status 2."""
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see --help)\n")
+    args = parser.parse_args(argv)
+    for name, (low, high) in limits.items():
+        if (value := getattr(args, name)) is not None and not low <= value <= high:
+            parser.error(f"--{name.replace('_', '-')} {value:g} is not between {low:g} and {high:g}")
+    return args
+
+
+def parse_args(argv: list[str] | None, defaults: dict) -> argparse.Namespace:
+    """The flags of train.py; `defaults` go before the recipe's."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, choice = parser.add_argument, argparse.BooleanOptionalAction
+    add("--dataset", default=DEFAULT_DATASET, help="Hub data set or local folder (%(default)s)")
+    add("--weights", default="IMAGENET1K_V2", help="torchvision weights name, state dict file or none (%(default)s)")
+    add("--resolution", type=int, default=224, help="side of the crops in pixels (%(default)s)")
+    add("--batch-size", type=int, default=128, help="photos in a step, over all devices (%(default)s)")
+    add("--epochs", type=int, default=90, help="passes over the train split (%(default)s)")
+    add("--lr", type=float, help="learning rate of the first epochs (0.1 × batch size / 128)")
+    add("--momentum", type=float, default=0.9, help="momentum of SGD (%(default)s)")
+    add("--weight-decay", type=float, default=1e-4, help="weight decay of SGD (%(default)s)")
+    add("--step-size", type=int, default=30, help="epochs after which lr is divided by 10 (%(default)s)")
+    add("--seed", type=int, default=0, help="seed of the new fc, the order of photos and the crops (%(default)s)")
+    add(
+        "--workers",
+        type=int,
+        default=min(16, CORES),
+        help="processes that decode photos (cores, at most 16: %(default)s)",
+    )
+    add("--output-dir", type=Path, default=".", help="folder for what the run writes (%(default)s)")
+    after = parser.add_mutually_exclusive_group()
+    after.add_argument("--resume", action="store_true", help="go on after the last finished epoch, with its settings")
+    after.add_argument("--overwrite", action="store_true", help="replace the run that the output folder holds")
+    add("--amp", action=choice, default=True, help="mixed precision, where the device computes it natively (on)")
+    add("--compile", action=choice, default=torch.cuda.is_available(), help="torch.compile (on for CUDA, else off)")
+    parser.set_defaults(**defaults)
+    limits = dict(resolution=(32, 4096), batch_size=(1, 65536), epochs=(1, 100000), lr=(1e-9, 1e3), momentum=(0, 1))
+    limits |= dict(weight_decay=(0, 1), step_size=(1, 100000), seed=(0, 2**32), workers=(0, 256))
+    return parse_flags(parser, argv, **limits)
+
+
+def run_command(main: Callable[[], None]) -> int:
+    """Call `main` and return the exit status; what a user can put right becomes one line on standard error."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
+    try:
+        main()
+        return 0
+    except InputError as error:  # behind a worker's traceback, where it comes from a worker
+        message, status = str(error).rstrip().rpartition("InputError: ")[2], 1
+    except KeyboardInterrupt as stop:
+        message, status = str(stop) or "stopped", 130
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            message = "the GPU's memory is full: choose a smaller --batch-size or --resolution"
+        elif "DataLoader worker" in str(error):
+            message = f"{first_line(error)} Finished epochs are saved; with less memory, use fewer --workers"
+        else:
+            raise
+        status = 1
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    return status
+
+
+def open_run(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
+    """Read the flags, and the checkpoint if they say --resume and there is one, whose settings they then default to.
+
+    Raises InputError where the output folder cannot be written, where it holds a run that the flags neither resume
+    nor overwrite, and where a flag differs from the settings of the run to resume.
+    """
+    args = parse_args(argv, {})
+    try:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.output_dir).close()
+    except OSError as error:
+        raise InputError(f"cannot write to --output-dir {args.output_dir}: {error.strerror}") from error
+    names = ("last_checkpoint.pth", "best_model.pth", "history.csv")
+    found = [args.output_dir / name for name in names if (args.output_dir / name).exists()]
+    if args.overwrite or not found:
+        return args, None
+    try:
+        run = read_checkpoint(found[0])
+        accuracy, settings = run.get("best_accuracy", run.get("test_accuracy")), run["settings"]
+        what = f"{settings['resolution']} px, epoch {run['epoch']}, best test accuracy {accuracy:.2%}"
+    except (InputError, KeyError, TypeError) as error:
+        what, run = first_line(error), {}
+    if not args.resume or "optimizer" not in run:
+        raise InputError(
+            f"{args.output_dir} holds a run already ({found[0].name}: {what}): replace it with --overwrite, "
+            "choose another --output-dir" + ", or go on with it with --resume" * ("optimizer" in run)
+        )
+    args = parse_args(argv, settings)
+    for name, before in settings.items():
+        if (now := getattr(args, name)) != before and not (name == "epochs" and now > before):
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag} {now} differs from the {before} of the run to resume in {args.output_dir}")
+    return args, run
+
+
+def main(argv: list[str] | None = None):
+    args, checkpoint = open_run(argv)
+    scaled = "" if args.lr else f" (0.1 × {args.batch_size}/128)"
+    args.lr = args.lr or 0.1 * args.batch_size / 128
+    settings = {name: getattr(args, name) for name in SETTINGS}
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = pick_precision(device, args.amp)
+    torch.set_float32_matmul_precision("high")  # TF32
+    torch.backends.cudnn.benchmark = True
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    cars = load_cars(args.dataset)
+    classes, train_count, test_count = cars["train"].features["label"].names, len(cars["train"]), len(cars["test"])
+    data = fingerprint(cars)
+    if checkpoint and checkpoint["data"] != data:
+        raise InputError(f"--dataset {args.dataset} has changed since the run in {args.output_dir} was started")
+    if args.batch_size > train_count:
+        raise InputError(f"--batch-size {args.batch_size} is more than the {train_count} train photos")
+    if args.resolution == 32 and 1 in (args.batch_size, train_count % args.batch_size):
+        raise InputError(
+            f"at --resolution 32 batch norm needs more than one photo, and {train_count} train photos in "
+            f"batches of {args.batch_size} leave one alone: choose another --batch-size or --resolution"
+        )
+
+    torch.manual_seed(args.seed)
+    model = build_model("none" if checkpoint else args.weights, len(classes))
+    model = model.to(device, memory_format=torch.channels_last)
+    compiled = torch.compile(model) if args.compile else model
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.step_size, gamma=0.1)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    parts = dict(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
+    history = []
+    if checkpoint:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        history = checkpoint["history"]
+        write_results(checkpoint, args.output_dir)  # the run may have been killed before it did
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        # The last batch is smaller: compiling once more, for its size, would cost more than it saves.
+        return (compiled if len(images) == args.batch_size else model)(normalize(images, device))
+
+    epochs, steps = range(len(history) + 1, args.epochs + 1), math.ceil(train_count / args.batch_size)
+    photos = CarPhotos(cars["train"], train_transform(args.resolution), args.seed)
+    keys = batch_keys(train_count, args.batch_size, epochs, args.seed)
+    train_batches = iter(make_loader(photos, keys, args.workers, device))
+    photos = CarPhotos(cars["test"], test_transform(args.resolution))
+    test_batches = make_loader(photos, list(batch_keys(test_count, args.batch_size)), args.workers, device)
+    crop_bytes = test_count * 3 * args.resolution**2
+    if keep := crop_bytes < free_memory() / 2:
+        test_batches = KeptBatches(test_batches)
+
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"device  {name}; {str(dtype)[6:]}, channels_last{', torch.compile' * args.compile}; {args.workers} workers")
+    print(f"data    {args.dataset}: {train_count} train and {test_count} test photos, {len(classes)} classes")
+    print(
+        f"        test crops ({crop_bytes / 1e9:.2f} GB) are {'kept in memory' if keep else 'decoded again each epoch'}"
+    )
+    print(f"model   ResNet-50, all {sum(p.numel() for p in model.parameters()):,} parameters, weights {args.weights}")
+    print(
+        f"recipe  {args.resolution} px, batch {args.batch_size}, {args.epochs} epochs of {steps} steps, seed {args.seed}"
+    )
+    print(f"        SGD, lr {args.lr:g}{scaled}, divided by 10 every {args.step_size} epochs,")
+    print(f"        momentum {args.momentum:g}, weight decay {args.weight_decay:g}")
+    print(f"output  {args.output_dir}{f', resumed after epoch {len(history)}' if history else ''}", flush=True)
+
+    epoch = len(history)
+    try:
+        for epoch in epochs:
+            start, title = time.perf_counter(), f"epoch {epoch}/{args.epochs}"
+            bar = tqdm(itertools.islice(train_batches, steps), title, steps, leave=False, disable=None)
+            model.train()
+            train_loss, train_accuracy, first = train_one_epoch(epoch, forward, bar, optimizer, scaler, autocast)
+            rate = train_count / (time.perf_counter() - start)
+            model.eval()
+            test_loss, test_accuracy = evaluate(forward, test_batches, autocast)
+            row = dict(epoch=epoch, lr=scheduler.get_last_lr()[0], train_loss=train_loss, train_accuracy=train_accuracy)
+            row |= dict(test_loss=test_loss, test_accuracy=test_accuracy)
+            row |= dict(seconds=time.perf_counter() - start, photos_per_second=rate)
+            history.append(row)
+            scheduler.step()
+            best = max(history, key=lambda row: row["test_accuracy"])
+            checkpoint = {name: part.state_dict() for name, part in parts.items()}
+            # Contiguous, for whoever reads it: channels_last is a matter of this program.
+            checkpoint["model"] = {name: value.cpu().contiguous() for name, value in checkpoint["model"].items()}
+            checkpoint |= dict(epoch=epoch, best_epoch=best["epoch"], best_accuracy=best["test_accuracy"])
+            checkpoint |= dict(history=history, classes=classes, settings=settings, data=data)
+            with whole_file(args.output_dir / "last_checkpoint.pth") as draft:
+                torch.save(checkpoint, draft)
+            write_results(checkpoint, args.output_dir)
+            print(
+                f"{title}  lr {row['lr']:.3g}  train loss {train_loss:.4f} acc {train_accuracy:.2%}  "
+                f"test loss {test_loss:.4f} acc {test_accuracy:.2%}  {row['seconds']:.1f} s  {rate:.1f} photos/s  "
+                f"{(args.epochs - epoch) * row['seconds'] / 60:.1f} min left"
+                + f"  (first step {first:.1f} s, with compilation)"
+                * (args.compile and epoch == epochs[0]),
+                flush=True,
+            )
+    except KeyboardInterrupt as stop:
+        how = (
+            f"go on with: python train.py --resume --output-dir {args.output_dir}"
+            if history
+            else "nothing is saved yet"
+        )
+        raise KeyboardInterrupt(f"stopped in epoch {epoch}; {how}") from stop
+    best, last = max(history, key=lambda row: row["test_accuracy"]), history[-1]
+    print(
+        f"best test accuracy {best['test_accuracy']:.2%} in epoch {best['epoch']}, chosen on the test split; "
+        f"last epoch {last['test_accuracy']:.2%}; {sum(row['seconds'] for row in history) / 60:.1f} min in all"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
