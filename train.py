@@ -12,8 +12,8 @@ Go on after a stop, with the settings of the run that was stopped:
 Try it with no GPU, no Hub and no pretrained weights, on drawn cars:
 
     python tests/draw_cars.py drawn_cars
-    python train.py --dataset drawn_cars --weights none --resolution 64 --batch-size 16 --lr 0.02 \
-        --epochs 12 --step-size 8 --output-dir drawn_run
+    python train.py --dataset drawn_cars --weights none --resolution 64 --batch-size 16 --lr 0.004 \
+        --epochs 9 --step-size 5 --output-dir drawn_run
 """
 
 import argparse
@@ -31,6 +31,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -44,10 +45,15 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
-from torchvision.io import decode_image
 from torchvision.models import ResNet50_Weights, resnet50
 from torchvision.transforms import v2
 from tqdm import tqdm
+
+try:
+    from torchvision.io import decode_image
+except ImportError:  # deprecated since torchvision 0.29: once it is gone, Pillow decodes all
+    decode_image = None
+warnings.filterwarnings("ignore", "The image decoding and encoding capabilities", DeprecationWarning)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in 0…1
 DEFAULT_DATASET = "tanganke/stanford_cars"
@@ -65,11 +71,15 @@ def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f} %"
+
+
 # ---------------------------------------------------------------- data
 
 
-def locate(dataset: str) -> str:
-    """The folder that holds the files of a data set's train and test split, downloaded where it is not local.
+def locate(dataset: str, wanted: tuple[str, ...]) -> str:
+    """The folder that holds the files of a data set's `wanted` splits, downloaded where it is not local.
 
     Raises InputError where the Hub knows no such data set, or cannot be reached and no copy is in its cache.
     """
@@ -84,22 +94,24 @@ def locate(dataset: str) -> str:
     except Exception as error:  # whatever the HTTP client raises without a network
         offline = first_line(error)
     try:  # not the seven corrupted copies of the test split that the repository holds too
-        files = ["README.md", "**/train-*", "**/test-*"]
+        files = ["README.md", *(f"**/{split}-*" for split in wanted)]
         return snapshot_download(**source, repo_type="dataset", allow_patterns=files, local_files_only=bool(offline))
     except Exception as error:
         reason = offline or first_line(error)
         raise InputError(f"cannot download --dataset {dataset}, and no copy is in the cache: {reason}") from error
 
 
-def load_cars(dataset: str) -> dict[str, datasets.Dataset]:
-    """Load the splits "train" and "test", and nothing else, of a Hub data set or of a local folder.
+def load_cars(dataset: str, wanted: tuple[str, ...] = ("train", "test")) -> dict[str, datasets.Dataset]:
+    """Load the `wanted` splits, and nothing else, of a Hub data set or of a local folder.
 
     A local folder is laid out as the Hub repository is (README.md, data/*.parquet) or as train/CLASS/*.jpg and
     test/CLASS/*.jpg. Each split has the columns `image` (still encoded) and `label` (a ClassLabel). Raises InputError
     where the data set cannot be had, lacks a split or a column, or has labels that do not fit.
     """
-    splits, folder = {}, locate(dataset)
-    for split in ("train", "test"):
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    splits, folder = {}, locate(dataset, wanted)
+    for split in wanted:
         # By file, as split names are looked up in a cache that does not see a local folder change.
         attempts = [(folder, {split: f"**/{split}-*.parquet"}), (folder, {split: f"{split}/**"})]
         for path, data_files in attempts if folder == dataset else [*attempts, (dataset, None)]:
@@ -126,10 +138,11 @@ def load_cars(dataset: str) -> dict[str, datasets.Dataset]:
                     f"--dataset {dataset}: the {split} photo in row {row} has label {label}, which is no class"
                 )
         splits[split] = photos.cast_column("image", datasets.Image(decode=False))
-    train_classes, test_classes = (photos.features["label"].names for photos in splits.values())
-    untrained = {train_classes[label] for label in set(splits["test"]["label"]) - set(splits["train"]["label"])}
-    if train_classes != test_classes or untrained:
-        names = sorted(untrained or set(train_classes) ^ set(test_classes)) or "the same names in another order"
+    first, last = splits[wanted[0]], splits[wanted[-1]]
+    classes, others = first.features["label"].names, last.features["label"].names
+    untrained = {classes[label] for label in set(last["label"]) - set(first["label"]) if classes == others}
+    if classes != others or untrained:
+        names = sorted(untrained or set(classes) ^ set(others)) or "the same names in another order"
         raise InputError(f"--dataset {dataset}: the classes of the train and the test split differ: {names}"[:500])
     return splits
 
@@ -149,7 +162,7 @@ def decode_photo(encoded: bytes) -> torch.Tensor:
         if max(photo.size) > 50 * min(photo.size):
             raise ValueError(f"{photo.width} × {photo.height} pixels are no photo")
         # torchvision is about twice as fast as Pillow, and right about 16-bit PNG; Pillow is right about CMYK.
-        if photo.format in ("JPEG", "PNG") and photo.mode in ("RGB", "L", "I;16"):
+        if decode_image and photo.format in ("JPEG", "PNG") and photo.mode in ("RGB", "L", "I;16"):
             data = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
             pixels = decode_image(data, mode="RGB", apply_exif_orientation=True)
             return v2.functional.to_dtype(pixels, torch.uint8, scale=True)  # from uint16, for a 16-bit PNG
@@ -269,7 +282,8 @@ def read_checkpoint(path: Path) -> dict:
     Raises InputError for anything else.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of the formats of files that are then refused
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint = checkpoint if isinstance(checkpoint.get("model"), dict) else {"model": checkpoint}
         state = {re.sub(r"^((_orig_mod|module)\.)+", "", name): value for name, value in checkpoint["model"].items()}
         shapes = {name: value.shape for name, value in state.items()}
@@ -379,6 +393,15 @@ def whole_file(path: Path):
         draft.unlink(missing_ok=True)
 
 
+def make_output_dir(folder: Path):
+    """Make `folder` where it is missing; raises InputError where nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"cannot write to --output-dir {folder}: {error.strerror}") from error
+
+
 def write_results(checkpoint: dict, output_dir: Path):
     """Bring best_model.pth, history.csv and training_curves.png up to `checkpoint`, which holds all they need."""
     if checkpoint["best_epoch"] == checkpoint["epoch"]:
@@ -397,16 +420,19 @@ def write_results(checkpoint: dict, output_dir: Path):
 def plot_history(history: list[dict]) -> Figure:
     """Loss and accuracy of both splits by epoch, with each change of the learning rate marked."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    for axes, measure in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+    loss, accuracy = figure.subplots(1, 2)
+    loss.set(ylabel="cross-entropy loss", yscale="log")  # the first epochs at a large learning rate reach far up
+    accuracy.set(ylabel="accuracy (%)")
+    for axes, measure, scale in ((loss, "loss", 1), (accuracy, "accuracy", 100)):
         for split in ("train", "test"):
-            values = [row[f"{split}_{measure}"] for row in history]
+            values = [scale * row[f"{split}_{measure}"] for row in history]
             axes.plot([row["epoch"] for row in history], values, marker=".", label=split)
         for before, after in itertools.pairwise(history):
             if before["lr"] != after["lr"]:
                 axes.axvline(after["epoch"] - 0.5, color="grey", linestyle=":")
                 place = dict(xy=(after["epoch"] - 0.5, 1.01), xycoords=("data", "axes fraction"), ha="center")
                 axes.annotate(f"lr {after['lr']:.2g}", color="grey", **place)
-        axes.set(xlabel="epoch", ylabel="cross-entropy loss" if measure == "loss" else "accuracy")
+        axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
@@ -417,7 +443,7 @@ def plot_history(history: list[dict]) -> Figure:
 
 
 def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None, **limits) -> argparse.Namespace:
-    """Parse `argv` (None: the command line); wrong flags, and numbers outside `limits`, are one line and exit status 2."""
+    """Parse `argv` (None: the command line); wrong flags and numbers outside `limits` end in one line, status 2."""
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see --help)\n")
     args = parser.parse_args(argv)
     for name, (low, high) in limits.items():
@@ -487,11 +513,7 @@ def open_run(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
     nor overwrite, and where a flag differs from the settings of the run to resume.
     """
     args = parse_args(argv, {})
-    try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.output_dir).close()
-    except OSError as error:
-        raise InputError(f"cannot write to --output-dir {args.output_dir}: {error.strerror}") from error
+    make_output_dir(args.output_dir)
     names = ("last_checkpoint.pth", "best_model.pth", "history.csv")
     found = [args.output_dir / name for name in names if (args.output_dir / name).exists()]
     if args.overwrite or not found:
@@ -499,7 +521,7 @@ def open_run(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
     try:
         run = read_checkpoint(found[0])
         accuracy, settings = run.get("best_accuracy", run.get("test_accuracy")), run["settings"]
-        what = f"{settings['resolution']} px, epoch {run['epoch']}, best test accuracy {accuracy:.2%}"
+        what = f"{settings['resolution']} px, epoch {run['epoch']}, best test accuracy {percent(accuracy)}"
     except (InputError, KeyError, TypeError) as error:
         what, run = first_line(error), {}
     if not args.resume or "optimizer" not in run:
@@ -525,8 +547,6 @@ def main(argv: list[str] | None = None):
     dtype = pick_precision(device, args.amp)
     torch.set_float32_matmul_precision("high")  # TF32
     torch.backends.cudnn.benchmark = True
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
     cars = load_cars(args.dataset)
     classes, train_count, test_count = cars["train"].features["label"].names, len(cars["train"]), len(cars["test"])
     data = fingerprint(cars)
@@ -577,10 +597,8 @@ def main(argv: list[str] | None = None):
         f"        test crops ({crop_bytes / 1e9:.2f} GB) are {'kept in memory' if keep else 'decoded again each epoch'}"
     )
     print(f"model   ResNet-50, all {sum(p.numel() for p in model.parameters()):,} parameters, weights {args.weights}")
-    print(
-        f"recipe  {args.resolution} px, batch {args.batch_size}, {args.epochs} epochs of {steps} steps, seed {args.seed}"
-    )
-    print(f"        SGD, lr {args.lr:g}{scaled}, divided by 10 every {args.step_size} epochs,")
+    print(f"recipe  {args.resolution} px, batch {args.batch_size}, {args.epochs} epochs of {steps} steps,")
+    print(f"        seed {args.seed}, SGD, lr {args.lr:g}{scaled}, divided by 10 every {args.step_size} epochs,")
     print(f"        momentum {args.momentum:g}, weight decay {args.weight_decay:g}")
     print(f"output  {args.output_dir}{f', resumed after epoch {len(history)}' if history else ''}", flush=True)
 
@@ -609,8 +627,8 @@ def main(argv: list[str] | None = None):
                 torch.save(checkpoint, draft)
             write_results(checkpoint, args.output_dir)
             print(
-                f"{title}  lr {row['lr']:.3g}  train loss {train_loss:.4f} acc {train_accuracy:.2%}  "
-                f"test loss {test_loss:.4f} acc {test_accuracy:.2%}  {row['seconds']:.1f} s  {rate:.1f} photos/s  "
+                f"{title}  lr {row['lr']:.3g}  train loss {train_loss:.4f} acc {percent(train_accuracy)}  "
+                f"test loss {test_loss:.4f} acc {percent(test_accuracy)}  {row['seconds']:.1f} s  {rate:.1f} photos/s  "
                 f"{(args.epochs - epoch) * row['seconds'] / 60:.1f} min left"
                 + f"  (first step {first:.1f} s, with compilation)"
                 * (args.compile and epoch == epochs[0]),
@@ -625,8 +643,8 @@ def main(argv: list[str] | None = None):
         raise KeyboardInterrupt(f"stopped in epoch {epoch}; {how}") from stop
     best, last = max(history, key=lambda row: row["test_accuracy"]), history[-1]
     print(
-        f"best test accuracy {best['test_accuracy']:.2%} in epoch {best['epoch']}, chosen on the test split; "
-        f"last epoch {last['test_accuracy']:.2%}; {sum(row['seconds'] for row in history) / 60:.1f} min in all"
+        f"best test accuracy {percent(best['test_accuracy'])} in epoch {best['epoch']}, chosen on the test split; "
+        f"last epoch {percent(last['test_accuracy'])}; {sum(row['seconds'] for row in history) / 60:.1f} min in all"
     )
 
 

@@ -12,9 +12,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import datasets  # noqa: E402
 import pytest  # noqa: E402
+from draw_cars import draw_cars  # noqa: E402
 
 import train  # noqa: E402
-from draw_cars import draw_cars  # noqa: E402
 
 SMALL = "--weights none --resolution 33 --batch-size 8 --lr 0.01 --workers 0 --no-compile --no-amp".split()
 
@@ -68,3 +68,15 @@ def write_dataset(folder: Path, train_rows: list, test_rows: list, names: list[s
         columns = {"image": [{"bytes": data, "path": None} for data, _ in rows], "label": [label for _, label in rows]}
         datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / "data" / f"{split}-0.parquet")
     return folder
+
+
+LEARN = "--weights none --resolution 64 --batch-size 16 --lr 0.004 --epochs 9 --step-size 5 --workers 1".split()
+
+
+@pytest.fixture(scope="session")
+def learned(tmp_path_factory) -> tuple[Path, Path]:
+    """The drawn data set of draw_cars.py's defaults, and the folder of a run that was trained on it from scratch."""
+    cars, run = tmp_path_factory.mktemp("drawn_cars"), tmp_path_factory.mktemp("drawn_run")
+    draw_cars(cars)
+    assert train.run_command(lambda: train.main(["--dataset", str(cars), *LEARN, "--output-dir", str(run)])) == 0
+    return cars, run
