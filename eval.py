@@ -28,7 +28,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import train
-from train import CarPhotos, InputError, batch_keys, normalize, percent, whole_file
+from train import CarPhotos, InputError, normalize, percent, whole_file
 
 
 class Views:
@@ -202,7 +202,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--tta", action="store_true", help="also average the logits of six views: three scales, mirrored or not")
     add("--num-gradcam", type=int, default=16, help="photos in the GradCAM figure; 0 for no GradCAM (%(default)s)")
     add("--seed", type=int, default=42, help="seed of the choice of photos (%(default)s)")
-    add("--workers", type=int, default=min(16, train.CORES), help="processes that decode photos (%(default)s)")
+    add("--workers", type=int, default=train.WORKERS, help="processes that decode photos (%(default)s)")
     add("--output-dir", type=Path, default=".", help="folder for figures and metrics.json (%(default)s)")
     add("--amp", action=argparse.BooleanOptionalAction, default=True, help="mixed precision where it is native (on)")
     add("--images", type=Path, nargs="+", metavar="PATH", help="name the classes of these photos instead")
@@ -281,7 +281,7 @@ def main(argv: list[str] | None = None):
     print(f"test        {dataset}: {len(photos)} photos, {count} classes")
 
     cars = CarPhotos(photos, Views(resolution, args.tta))
-    keys = list(batch_keys(len(photos), args.batch_size))
+    keys = list(train.batch_keys(len(photos), args.batch_size))
     single, mean = predict_all(model, train.make_loader(cars, keys, args.workers, device), len(keys), autocast)
     labels, predicted = np.array(photos["label"]), single.argmax(1).numpy()
     confusion = count_confusion(labels, predicted, count)

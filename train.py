@@ -5,9 +5,10 @@ The two published runs, each on one RTX 5080:
     python train.py --resolution 448 --batch-size 64 --lr 0.05    # 91.78 % test accuracy, 50.3 min
     python train.py --resolution 224 --batch-size 128 --lr 0.1    # 89.38 % test accuracy, 18.9 min
 
-Go on after a stop, with the settings of the run that was stopped:
+Go on after a stop, with the settings of the run that was stopped; on four GPUs, with the same recipe and result:
 
     python train.py --resume
+    torchrun --nproc-per-node 4 train.py --resolution 448 --batch-size 64 --lr 0.05
 
 Try it with no GPU, no Hub and no pretrained weights, on drawn cars:
 
@@ -39,11 +40,13 @@ import datasets
 import numpy as np
 import pyarrow.compute
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision.models import ResNet50_Weights, resnet50
 from torchvision.transforms import v2
@@ -59,6 +62,10 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of
 DEFAULT_DATASET = "tanganke/stanford_cars"
 DATASET_REVISION = "9abf6cf7d6dfa7b95152a0d6e791ea9435b47a40"
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # this process may use
+LOCAL_RANKS = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that torchrun has started on this machine
+WORKERS = max(1, min(16, CORES // LOCAL_RANKS))
+AS_BEFORE = "the checkpoints of the epochs before are as they were"
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # of which torchrun tells each process
 # What decides the result: kept in the checkpoints, and the same in a run and its resumption.
 SETTINGS = "dataset weights resolution batch_size epochs lr momentum weight_decay step_size seed amp".split()
 
@@ -113,37 +120,29 @@ def load_cars(dataset: str, wanted: tuple[str, ...] = ("train", "test")) -> dict
     splits, folder = {}, locate(dataset, wanted)
     for split in wanted:
         # By file, as split names are looked up in a cache that does not see a local folder change.
-        attempts = [(folder, {split: f"**/{split}-*.parquet"}), (folder, {split: f"{split}/**"})]
-        for path, data_files in attempts if folder == dataset else [*attempts, (dataset, None)]:
+        attempts = [(folder, {split: f"**/{split}-*.parquet"}), (folder, {split: f"{split}/**"}), (dataset, None)]
+        for path, data_files in attempts[:2] if folder == dataset else attempts:
             try:
                 photos = datasets.load_dataset(path, data_files=data_files, split=split)
                 break
-            except (FileNotFoundError, ValueError) as error:  # no such file, no such split
-                missing = error
-            except Exception as error:  # datasets and pyarrow each raise their own
-                raise InputError(
-                    f"cannot load the {split} split of --dataset {dataset}: {first_line(error)}"
-                ) from error
+            except Exception as error:  # no such file or split, or what datasets and pyarrow raise of a damaged one
+                reason = first_line(error)
         else:
-            raise InputError(f"--dataset {dataset} has no {split} split: {first_line(missing)}") from missing
+            raise InputError(f"cannot load the {split} split of --dataset {dataset}: {reason}")
         kinds = {name: type(feature).__name__ for name, feature in photos.features.items()}
         if kinds.get("image") != "Image" or kinds.get("label") != "ClassLabel" or not len(photos):
+            needs = "photos with the columns 'image' (Image) and 'label' (ClassLabel)"
             raise InputError(
-                f"the {split} split of --dataset {dataset} needs rows with an 'image' (Image) and a 'label' "
-                f"(ClassLabel); it has {len(photos)} rows with {kinds}"
+                f"the {split} split of --dataset {dataset} needs {needs}; it has {len(photos)} with {kinds}"
             )
         for row, label in enumerate(photos["label"]):
             if label is None or not 0 <= label < photos.features["label"].num_classes:
-                raise InputError(
-                    f"--dataset {dataset}: the {split} photo in row {row} has label {label}, which is no class"
-                )
+                raise InputError(f"the {split} photo in row {row} of --dataset {dataset} has label {label}: no class")
         splits[split] = photos.cast_column("image", datasets.Image(decode=False))
-    first, last = splits[wanted[0]], splits[wanted[-1]]
-    classes, others = first.features["label"].names, last.features["label"].names
-    untrained = {classes[label] for label in set(last["label"]) - set(first["label"]) if classes == others}
-    if classes != others or untrained:
-        names = sorted(untrained or set(classes) ^ set(others)) or "the same names in another order"
-        raise InputError(f"--dataset {dataset}: the classes of the train and the test split differ: {names}"[:500])
+    first, last = (splits[split].features["label"].names for split in (wanted[0], wanted[-1]))
+    if first != last:
+        names = sorted(set(first) ^ set(last)) or "the same in another order"
+        raise InputError(f"the splits of --dataset {dataset} differ in their classes: {names}"[:500])
     return splits
 
 
@@ -182,16 +181,14 @@ class CarPhotos(torch.utils.data.Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
         epoch, row = key
         try:
-            image, label = self.photos[row]["image"], self.photos[row]["label"]
+            image, label = map(self.photos[row].get, ("image", "label"))
             photo = decode_photo(Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"])
         except Exception as error:  # each decoder raises its own
-            raise InputError(
-                f"the {self.photos.split} photo in row {row} cannot be decoded: {first_line(error)}"
-            ) from error
+            where = f"the {self.photos.split} photo in row {row}"
+            raise InputError(f"{where} cannot be decoded: {first_line(error)}") from error
+        draw = np.random.SeedSequence([self.seed, epoch, row]).generate_state(1)[0]
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(
-                int(np.random.SeedSequence([self.seed, epoch, row]).generate_state(1)[0])
-            )
+            torch.default_generator.manual_seed(int(draw))
             return self.transform(photo), label
 
 
@@ -205,15 +202,16 @@ def test_transform(resolution: int) -> v2.Transform:
     return v2.Compose([v2.Resize(int(resolution * 256 / 224), antialias=True), v2.CenterCrop(resolution)])
 
 
-def batch_keys(photos: int, batch_size: int, epochs: Iterable[int] = (0,), seed: int | None = None):
-    """Yield the (epoch, row) keys of each batch, epoch after epoch, in an order drawn from (seed, epoch) if seeded.
+def batch_keys(photos: int, batch_size: int, epochs=(0,), seed: int | None = None, rank: int = 0, ranks: int = 1):
+    """Yield, batch by batch and epoch after epoch, the (epoch, row) keys that fall to one of `ranks` processes.
 
-    One sampler for all epochs lets the workers begin the next one while the test split is evaluated.
+    The order is drawn from (seed, epoch) if there is a seed. One sampler for all epochs lets the workers begin the next
+    one while the test split is evaluated.
     """
     for epoch in epochs:
         rows = range(photos) if seed is None else np.random.default_rng([seed, epoch]).permutation(photos).tolist()
         for start in range(0, photos, batch_size):
-            yield [(epoch, row) for row in rows[start : start + batch_size]]
+            yield [(epoch, row) for row in rows[start : start + batch_size][rank::ranks]]
 
 
 def ignore_interrupt(worker: int):
@@ -315,10 +313,8 @@ def build_model(weights: str, num_classes: int) -> torch.nn.Module:
         try:
             state = ResNet50_Weights[weights].get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
         except Exception as error:  # no network, or a damaged file
-            raise InputError(
-                f"cannot load --weights {weights}: {first_line(error)}; check the network, and delete a "
-                f"damaged file in {torch.hub.get_dir()}/checkpoints"
-            ) from error
+            advice = f"check the network, and delete a damaged file in {torch.hub.get_dir()}/checkpoints"
+            raise InputError(f"cannot load --weights {weights}: {first_line(error)}; {advice}") from error
     else:
         names = ", ".join(ResNet50_Weights.__members__)
         raise InputError(f"--weights {weights} is neither a file nor one of {names}, none")
@@ -331,47 +327,57 @@ def build_model(weights: str, num_classes: int) -> torch.nn.Module:
 # ---------------------------------------------------------------- one epoch, one evaluation
 
 
-def train_one_epoch(epoch, forward, batches, optimizer, scaler, autocast) -> tuple[float, float, float]:
-    """Take a step for each of `batches`, of (B, 3, R, R) uint8 crops and (B,) labels.
+def sum_over_processes(values: torch.Tensor) -> list[float]:
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values.tolist()
 
-    Returns mean loss, accuracy (0…1) and the seconds of the first step. Raises InputError where a loss is not finite.
+
+def train_one_epoch(epoch, forward, batches, sizes, optimizer, scaler, autocast) -> tuple[float, float, float]:
+    """Take a step for each of `batches`, of (B, 3, R, R) uint8 crops and (B,) labels: this process's part of `sizes`.
+
+    Returns mean loss and accuracy (0…1), over all processes, and the seconds of the first step. Raises InputError
+    where a loss is not finite.
     """
-    losses, sizes, correct, first, start = [], [], 0, None, time.perf_counter()
-    for images, targets in batches:
+    losses, correct, first, start = [], 0, None, time.perf_counter()
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    for (images, targets), size in zip(batches, sizes, strict=True):
         with autocast:
             logits = forward(images)
             targets = targets.to(logits.device, non_blocking=True)
-            loss = F.cross_entropy(logits, targets)
+            loss = F.cross_entropy(logits, targets, reduction="sum") / size
         optimizer.zero_grad()
-        scaler.scale(loss).backward()
+        scaler.scale(loss * ranks).backward()  # DistributedDataParallel takes the mean over the processes
         scaler.step(optimizer)
         scaler.update()
-        losses.append(loss.detach())  # left on the device: .item() here would make the CPU wait for the GPU
+        losses.append(loss.detach().double())  # left on the device: .item() here would make the CPU wait for the GPU
         correct += (logits.argmax(1) == targets).sum()
-        sizes.append(len(targets))
         first = first or time.perf_counter() - start
-    losses = torch.stack(losses).tolist()
+    *losses, correct = sum_over_processes(torch.stack([*losses, correct.double()]))
     for step, loss in enumerate(losses, 1):
         if not math.isfinite(loss):
-            raise InputError(
-                f"the loss is {loss} in epoch {epoch}, step {step}: use a smaller --lr; "
-                "the checkpoints of the epochs before are as they were"
-            )
-    return float(np.average(losses, weights=sizes)), correct.item() / sum(sizes), first
+            raise InputError(f"the loss is {loss} in epoch {epoch}, step {step}: use a smaller --lr; {AS_BEFORE}")
+    return float(np.average(losses, weights=sizes)), correct / sum(sizes), first
 
 
 @torch.no_grad()
-def evaluate(forward, batches, autocast) -> tuple[float, float]:
-    """Mean loss and accuracy (0…1) over `batches` of (B, 3, R, R) uint8 crops and (B,) labels."""
-    loss, correct, photos = 0, 0, 0
+def evaluate(epoch, forward, batches, autocast, device: torch.device) -> tuple[float, float]:
+    """Mean loss and accuracy (0…1), over all processes' `batches` of (B, 3, R, R) uint8 crops and (B,) labels.
+
+    Raises InputError where the loss is not finite.
+    """
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, photos
     for images, targets in batches:
+        targets = targets.to(device, non_blocking=True)
         with autocast:
             logits = forward(images).float()
-        targets = targets.to(logits.device, non_blocking=True)
-        loss += F.cross_entropy(logits, targets, reduction="sum")
-        correct += (logits.argmax(1) == targets).sum()
-        photos += len(targets)
-    return loss.item() / photos, correct.item() / photos
+        sums[0] += F.cross_entropy(logits, targets, reduction="sum")
+        sums[1] += (logits.argmax(1) == targets).sum()
+        sums[2] += len(targets)
+    loss, correct, photos = sum_over_processes(sums)
+    if not math.isfinite(loss):
+        raise InputError(f"the test loss is {loss} after epoch {epoch}: use a smaller --lr; {AS_BEFORE}")
+    return loss / photos, correct / photos
 
 
 # ---------------------------------------------------------------- what a run writes
@@ -466,12 +472,7 @@ def parse_args(argv: list[str] | None, defaults: dict) -> argparse.Namespace:
     add("--weight-decay", type=float, default=1e-4, help="weight decay of SGD (%(default)s)")
     add("--step-size", type=int, default=30, help="epochs after which lr is divided by 10 (%(default)s)")
     add("--seed", type=int, default=0, help="seed of the new fc, the order of photos and the crops (%(default)s)")
-    add(
-        "--workers",
-        type=int,
-        default=min(16, CORES),
-        help="processes that decode photos (cores, at most 16: %(default)s)",
-    )
+    add("--workers", type=int, default=WORKERS, help="processes that decode photos (cores, at most 16: %(default)s)")
     add("--output-dir", type=Path, default=".", help="folder for what the run writes (%(default)s)")
     after = parser.add_mutually_exclusive_group()
     after.add_argument("--resume", action="store_true", help="go on after the last finished epoch, with its settings")
@@ -486,7 +487,9 @@ def parse_args(argv: list[str] | None, defaults: dict) -> argparse.Namespace:
 
 def run_command(main: Callable[[], None]) -> int:
     """Call `main` and return the exit status; what a user can put right becomes one line on standard error."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
+    rank = int(os.environ.get("RANK", 0))
+    if "RANK" not in os.environ:  # under torchrun, end at once: a handler would wait for the other processes
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
     try:
         main()
         return 0
@@ -502,8 +505,22 @@ def run_command(main: Callable[[], None]) -> int:
         else:
             raise
         status = 1
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}{f' (rank {rank})' * (rank > 0)}: {message}", file=sys.stderr)
     return status
+
+
+def join_processes() -> tuple[torch.device, int, int]:
+    """The device of this process, its rank, and the number of processes: those that torchrun started, or one."""
+    rank, ranks, local = (int(os.environ.get(name, zero)) for name, zero in zip(TORCHRUN, (0, 1, 0), strict=True))
+    cuda = torch.cuda.is_available()
+    if cuda and local >= torch.cuda.device_count():
+        raise InputError(f"this machine has {torch.cuda.device_count()} GPUs: start that many processes, at most")
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if ranks > 1:
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    return device, rank, ranks
 
 
 def open_run(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
@@ -543,27 +560,32 @@ def main(argv: list[str] | None = None):
     args.lr = args.lr or 0.1 * args.batch_size / 128
     settings = {name: getattr(args, name) for name in SETTINGS}
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, rank, ranks = join_processes()
     dtype = pick_precision(device, args.amp)
     torch.set_float32_matmul_precision("high")  # TF32
     torch.backends.cudnn.benchmark = True
+    if ranks > 1 and os.environ["LOCAL_RANK"] != "0":
+        dist.barrier()  # the first process of each machine downloads and prepares the data and the weights
     cars = load_cars(args.dataset)
-    classes, train_count, test_count = cars["train"].features["label"].names, len(cars["train"]), len(cars["test"])
-    data = fingerprint(cars)
-    if checkpoint and checkpoint["data"] != data:
-        raise InputError(f"--dataset {args.dataset} has changed since the run in {args.output_dir} was started")
-    if args.batch_size > train_count:
-        raise InputError(f"--batch-size {args.batch_size} is more than the {train_count} train photos")
-    if args.resolution == 32 and 1 in (args.batch_size, train_count % args.batch_size):
-        raise InputError(
-            f"at --resolution 32 batch norm needs more than one photo, and {train_count} train photos in "
-            f"batches of {args.batch_size} leave one alone: choose another --batch-size or --resolution"
-        )
-
+    data, classes = fingerprint(cars), cars["train"].features["label"].names
     torch.manual_seed(args.seed)
     model = build_model("none" if checkpoint else args.weights, len(classes))
+    if ranks > 1 and os.environ["LOCAL_RANK"] == "0":
+        dist.barrier()
+    train_count, test_count = len(cars["train"]), len(cars["test"])
+    sizes = [min(args.batch_size, train_count - start) for start in range(0, train_count, args.batch_size)]
+    if checkpoint and checkpoint["data"] != data:
+        raise InputError(f"--dataset {args.dataset} has changed since the run in {args.output_dir} was started")
+    if args.batch_size > train_count or args.batch_size % ranks:
+        limit = f"at most the {train_count} train photos, and a multiple of the {ranks} processes"
+        raise InputError(f"--batch-size {args.batch_size} does not fit: it has to be {limit}")
+    if min(sizes) < ranks or (args.resolution == 32 and min(sizes) < 2 * ranks):
+        few = f"a batch of {min(sizes)}, too small for {ranks} process(es) at --resolution {args.resolution}"
+        raise InputError(f"--batch-size {args.batch_size} leaves {few}: choose another")
+
     model = model.to(device, memory_format=torch.channels_last)
-    compiled = torch.compile(model) if args.compile else model
+    network = DistributedDataParallel(model, [device] if device.type == "cuda" else None) if ranks > 1 else model
+    compiled, compiled_test = (torch.compile(module) if args.compile else module for module in (network, model))
     optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.step_size, gamma=0.1)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -574,49 +596,59 @@ def main(argv: list[str] | None = None):
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
         history = checkpoint["history"]
-        write_results(checkpoint, args.output_dir)  # the run may have been killed before it did
+        if rank == 0:
+            write_results(checkpoint, args.output_dir)  # the run may have been killed before it did
 
-    def forward(images: torch.Tensor) -> torch.Tensor:
-        # The last batch is smaller: compiling once more, for its size, would cost more than it saves.
-        return (compiled if len(images) == args.batch_size else model)(normalize(images, device))
-
-    epochs, steps = range(len(history) + 1, args.epochs + 1), math.ceil(train_count / args.batch_size)
+    # The last batch is smaller: compiling once more, for its size, would cost more than it saves.
+    full = args.batch_size // ranks
+    forward = lambda images: (compiled if len(images) == full else network)(normalize(images, device))  # noqa: E731
+    infer = lambda images: (compiled_test if len(images) == full else model)(normalize(images, device))  # noqa: E731
+    epochs = range(len(history) + 1, args.epochs + 1)
+    keys = batch_keys(train_count, args.batch_size, epochs, args.seed, rank, ranks)
     photos = CarPhotos(cars["train"], train_transform(args.resolution), args.seed)
-    keys = batch_keys(train_count, args.batch_size, epochs, args.seed)
     train_batches = iter(make_loader(photos, keys, args.workers, device))
-    photos = CarPhotos(cars["test"], test_transform(args.resolution))
-    test_batches = make_loader(photos, list(batch_keys(test_count, args.batch_size)), args.workers, device)
-    crop_bytes = test_count * 3 * args.resolution**2
+    keys = [keys for keys in batch_keys(test_count, args.batch_size, rank=rank, ranks=ranks) if keys]
+    test_batches = make_loader(CarPhotos(cars["test"], test_transform(args.resolution)), keys, args.workers, device)
+    crop_bytes = test_count * 3 * args.resolution**2 * LOCAL_RANKS // ranks  # on this machine
     if keep := crop_bytes < free_memory() / 2:
         test_batches = KeptBatches(test_batches)
 
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"device  {name}; {str(dtype)[6:]}, channels_last{', torch.compile' * args.compile}; {args.workers} workers")
-    print(f"data    {args.dataset}: {train_count} train and {test_count} test photos, {len(classes)} classes")
-    print(
-        f"        test crops ({crop_bytes / 1e9:.2f} GB) are {'kept in memory' if keep else 'decoded again each epoch'}"
-    )
-    print(f"model   ResNet-50, all {sum(p.numel() for p in model.parameters()):,} parameters, weights {args.weights}")
-    print(f"recipe  {args.resolution} px, batch {args.batch_size}, {args.epochs} epochs of {steps} steps,")
-    print(f"        seed {args.seed}, SGD, lr {args.lr:g}{scaled}, divided by 10 every {args.step_size} epochs,")
-    print(f"        momentum {args.momentum:g}, weight decay {args.weight_decay:g}")
-    print(f"output  {args.output_dir}{f', resumed after epoch {len(history)}' if history else ''}", flush=True)
+    if rank == 0:
+        print(
+            f"""\
+device  {ranks} × {name}; {str(dtype)[6:]}, channels_last{", torch.compile" * args.compile}; {args.workers} workers
+data    {args.dataset}: {train_count} train and {test_count} test photos, {len(classes)} classes
+        test crops ({crop_bytes / 1e9:.2f} GB) are {"kept in memory" if keep else "decoded again each epoch"}
+model   ResNet-50, all {sum(p.numel() for p in model.parameters()):,} parameters, weights {args.weights}
+recipe  {args.resolution} px, batch {args.batch_size}, {args.epochs} epochs of {len(sizes)} steps, seed {args.seed}
+        SGD, lr {args.lr:g}{scaled}, divided by 10 every {args.step_size} epochs,
+        momentum {args.momentum:g}, weight decay {args.weight_decay:g}
+output  {args.output_dir}{f", resumed after epoch {len(history)}" if history else ""}""",
+            flush=True,
+        )
 
     epoch = len(history)
     try:
         for epoch in epochs:
             start, title = time.perf_counter(), f"epoch {epoch}/{args.epochs}"
-            bar = tqdm(itertools.islice(train_batches, steps), title, steps, leave=False, disable=None)
+            batches = itertools.islice(train_batches, len(sizes))
+            bar = tqdm(batches, title, len(sizes), leave=False, disable=True if rank else None)
             model.train()
-            train_loss, train_accuracy, first = train_one_epoch(epoch, forward, bar, optimizer, scaler, autocast)
+            train_loss, train_accuracy, first = train_one_epoch(epoch, forward, bar, sizes, optimizer, scaler, autocast)
             rate = train_count / (time.perf_counter() - start)
             model.eval()
-            test_loss, test_accuracy = evaluate(forward, test_batches, autocast)
+            if ranks > 1:
+                for buffer in model.buffers():  # each process has batch norm statistics of its own photos
+                    dist.broadcast(buffer, 0)
+            test_loss, test_accuracy = evaluate(epoch, infer, test_batches, autocast, device)
             row = dict(epoch=epoch, lr=scheduler.get_last_lr()[0], train_loss=train_loss, train_accuracy=train_accuracy)
             row |= dict(test_loss=test_loss, test_accuracy=test_accuracy)
             row |= dict(seconds=time.perf_counter() - start, photos_per_second=rate)
             history.append(row)
             scheduler.step()
+            if rank > 0:
+                continue
             best = max(history, key=lambda row: row["test_accuracy"])
             checkpoint = {name: part.state_dict() for name, part in parts.items()}
             # Contiguous, for whoever reads it: channels_last is a matter of this program.
@@ -635,12 +667,13 @@ def main(argv: list[str] | None = None):
                 flush=True,
             )
     except KeyboardInterrupt as stop:
-        how = (
-            f"go on with: python train.py --resume --output-dir {args.output_dir}"
-            if history
-            else "nothing is saved yet"
-        )
+        how = f"go on with: python train.py --resume --output-dir {args.output_dir}" if history else "nothing is saved"
         raise KeyboardInterrupt(f"stopped in epoch {epoch}; {how}") from stop
+    if ranks > 1:
+        dist.barrier()  # until the first process has written the last epoch
+        dist.destroy_process_group()
+    if rank > 0:
+        return
     best, last = max(history, key=lambda row: row["test_accuracy"]), history[-1]
     print(
         f"best test accuracy {percent(best['test_accuracy'])} in epoch {best['epoch']}, chosen on the test split; "

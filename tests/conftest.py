@@ -16,6 +16,8 @@ from draw_cars import draw_cars  # noqa: E402
 
 import train  # noqa: E402
 
+datasets.disable_progress_bars()
+
 SMALL = "--weights none --resolution 33 --batch-size 8 --lr 0.01 --workers 0 --no-compile --no-amp".split()
 
 

@@ -228,7 +228,7 @@ def test_a_step_equals_a_plain_reference_step():
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=1e-4)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     forward = lambda images: model(train.normalize(images, CPU))  # noqa: E731
-    loss, accuracy, _ = train.train_one_epoch(1, forward, [(images, targets)], optimizer, scaler, FP32)
+    loss, accuracy, _ = train.train_one_epoch(1, forward, [(images, targets)], [6], optimizer, scaler, FP32)
 
     plain = torch.optim.SGD(reference.parameters(), 0.1, 0.9, weight_decay=1e-4)
     normalize = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -245,7 +245,7 @@ def test_a_step_equals_a_plain_reference_step():
 def test_evaluation_counts_each_photo_once():
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
     batches = [(logits[:2], torch.tensor([0, 0])), (logits[2:], torch.tensor([0]))]
-    loss, accuracy = train.evaluate(lambda images: images, batches, FP32)
+    loss, accuracy = train.evaluate(1, lambda images: images, batches, FP32, CPU)
     assert accuracy == pytest.approx(2 / 3)
     assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, torch.zeros(3, dtype=int)).item())
 
@@ -513,14 +513,6 @@ def other_class_names(folder):
     return ["--dataset", folder], "classes"
 
 
-def test_class_without_train_photo(folder):
-    write_dataset(folder, [(jpeg(0), 0)] * 8, good_rows(), ["a", "b"])
-    return ["--dataset", folder], "['b']"
-
-
-test_class_without_train_photo.__test__ = False
-
-
 def label_out_of_range(folder):
     write_dataset(folder, [*good_rows(7), (jpeg(0), -1)], good_rows(), ["a", "b"])
     return ["--dataset", folder], "row 7"
@@ -581,7 +573,6 @@ def loss_that_is_not_finite(folder):
         no_image_column,
         empty_test_split,
         other_class_names,
-        test_class_without_train_photo,
         label_out_of_range,
         damaged_train_photo,
         text_for_a_test_photo,
