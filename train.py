@@ -165,7 +165,9 @@ def decode_photo(encoded: bytes) -> torch.Tensor:
             data = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
             pixels = decode_image(data, mode="RGB", apply_exif_orientation=True)
             return v2.functional.to_dtype(pixels, torch.uint8, scale=True)  # from uint16, for a 16-bit PNG
-        return v2.functional.pil_to_tensor(ImageOps.exif_transpose(photo).convert("RGB"))
+        upright = ImageOps.exif_transpose(photo)
+        upright = upright.convert("RGBA") if upright.mode == "P" else upright  # Pillow warns of a transparent palette
+        return v2.functional.pil_to_tensor(upright.convert("RGB"))
 
 
 class CarPhotos(torch.utils.data.Dataset):
@@ -427,7 +429,8 @@ def plot_history(history: list[dict]) -> Figure:
     """Loss and accuracy of both splits by epoch, with each change of the learning rate marked."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
-    loss.set(ylabel="cross-entropy loss", yscale="log")  # the first epochs at a large learning rate reach far up
+    positive = all(row["train_loss"] > 0 and row["test_loss"] > 0 for row in history)
+    loss.set(ylabel="cross-entropy loss", yscale="log" if positive else "linear")  # early epochs reach far up
     accuracy.set(ylabel="accuracy (%)")
     for axes, measure, scale in ((loss, "loss", 1), (accuracy, "accuracy", 100)):
         for split in ("train", "test"):
@@ -651,7 +654,7 @@ output  {args.output_dir}{f", resumed after epoch {len(history)}" if history els
                 continue
             best = max(history, key=lambda row: row["test_accuracy"])
             checkpoint = {name: part.state_dict() for name, part in parts.items()}
-            # Contiguous, for whoever reads it: channels_last is a matter of this program.
+            # On the CPU and contiguous: GPU and channels_last are no matter of whoever reads it.
             checkpoint["model"] = {name: value.cpu().contiguous() for name, value in checkpoint["model"].items()}
             checkpoint |= dict(epoch=epoch, best_epoch=best["epoch"], best_accuracy=best["test_accuracy"])
             checkpoint |= dict(history=history, classes=classes, settings=settings, data=data)
