@@ -65,7 +65,6 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 LOCAL_RANKS = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that torchrun has started on this machine
 WORKERS = max(1, min(16, CORES // LOCAL_RANKS))
 AS_BEFORE = "the checkpoints of the epochs before are as they were"
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # of which torchrun tells each process
 # What decides the result: kept in the checkpoints, and the same in a run and its resumption.
 SETTINGS = "dataset weights resolution batch_size epochs lr momentum weight_decay step_size seed amp".split()
 
@@ -97,7 +96,7 @@ def locate(dataset: str, wanted: tuple[str, ...]) -> str:
     try:
         HfApi().dataset_info(**source, timeout=10)  # tried once, where snapshot_download goes on for 24 s
     except (HFValidationError, RepositoryNotFoundError) as error:
-        raise InputError(f"--dataset {dataset} is neither a folder nor a data set of the Hub") from error
+        raise InputError(f"--dataset {dataset} is neither a folder nor a data set that the Hub shows you") from error
     except Exception as error:  # whatever the HTTP client raises without a network
         offline = first_line(error)
     try:  # not the seven corrupted copies of the test split that the repository holds too
@@ -160,13 +159,15 @@ def decode_photo(encoded: bytes) -> torch.Tensor:
     with Image.open(io.BytesIO(encoded)) as photo:  # reads the header alone, and refuses decompression bombs
         if max(photo.size) > 50 * min(photo.size):
             raise ValueError(f"{photo.width} × {photo.height} pixels are no photo")
-        # torchvision is about twice as fast as Pillow, and right about 16-bit PNG; Pillow is right about CMYK.
-        if decode_image and photo.format in ("JPEG", "PNG") and photo.mode in ("RGB", "L", "I;16"):
+        # torchvision is about twice as fast as Pillow; Pillow reads more formats, and CMYK as it is meant.
+        if decode_image and photo.format in ("JPEG", "PNG") and photo.mode in ("RGB", "L"):
             data = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
             pixels = decode_image(data, mode="RGB", apply_exif_orientation=True)
             return v2.functional.to_dtype(pixels, torch.uint8, scale=True)  # from uint16, for a 16-bit PNG
         upright = ImageOps.exif_transpose(photo)
-        upright = upright.convert("RGBA") if upright.mode == "P" else upright  # Pillow warns of a transparent palette
+        if upright.mode.startswith("I;16"):  # convert() would clip it to white
+            return torch.from_numpy((np.asarray(upright) // 257).astype(np.uint8)).expand(3, -1, -1)
+        upright = upright.convert("RGBA") if upright.mode == "P" else upright  # else Pillow warns of transparency
         return v2.functional.pil_to_tensor(upright.convert("RGB"))
 
 
@@ -514,7 +515,8 @@ def run_command(main: Callable[[], None]) -> int:
 
 def join_processes() -> tuple[torch.device, int, int]:
     """The device of this process, its rank, and the number of processes: those that torchrun started, or one."""
-    rank, ranks, local = (int(os.environ.get(name, zero)) for name, zero in zip(TORCHRUN, (0, 1, 0), strict=True))
+    set_by_torchrun = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    rank, ranks, local = (int(os.environ.get(name, default)) for name, default in set_by_torchrun.items())
     cuda = torch.cuda.is_available()
     if cuda and local >= torch.cuda.device_count():
         raise InputError(f"this machine has {torch.cuda.device_count()} GPUs: start that many processes, at most")
@@ -602,10 +604,14 @@ def main(argv: list[str] | None = None):
         if rank == 0:
             write_results(checkpoint, args.output_dir)  # the run may have been killed before it did
 
-    # The last batch is smaller: compiling once more, for its size, would cost more than it saves.
-    full = args.batch_size // ranks
-    forward = lambda images: (compiled if len(images) == full else network)(normalize(images, device))  # noqa: E731
-    infer = lambda images: (compiled_test if len(images) == full else model)(normalize(images, device))  # noqa: E731
+    full = args.batch_size // ranks  # the last batch is smaller, and not worth a second compilation
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        return (compiled if len(images) == full else network)(normalize(images, device))
+
+    def infer(images: torch.Tensor) -> torch.Tensor:
+        return (compiled_test if len(images) == full else model)(normalize(images, device))
+
     epochs = range(len(history) + 1, args.epochs + 1)
     keys = batch_keys(train_count, args.batch_size, epochs, args.seed, rank, ranks)
     photos = CarPhotos(cars["train"], train_transform(args.resolution), args.seed)

@@ -167,6 +167,14 @@ def test_greyscale_and_16_bit_become_rgb_of_the_same_brightness(mode, dtype):
     assert np.abs(photo.numpy() - expected).max() <= 1
 
 
+def test_pillow_decodes_where_torchvision_no_longer_does(monkeypatch):
+    encoded = [jpeg(0, 640, 480), encode(upright_red_over_blue(), format="PNG"), exif_turned(6)]
+    before = [train.decode_photo(data) for data in encoded]
+    monkeypatch.setattr(train, "decode_image", None)
+    for data, expected in zip(encoded, before, strict=True):
+        assert (train.decode_photo(data).int() - expected.int()).abs().max() <= 2
+
+
 def test_draws_depend_on_seed_epoch_and_photo_alone(cars):
     split = train.load_cars(str(cars))["train"]
     photos = train.CarPhotos(split, train.train_transform(32), seed=1)
@@ -258,6 +266,21 @@ def test_kept_test_batches_are_decoded_once(cars, monkeypatch):
     first, second = list(kept), list(kept)
     assert len(decoded) == 8 and [len(labels) for _, labels in second] == [3, 3, 2]
     assert all(torch.equal(a, b) for x, y in zip(first, second, strict=True) for a, b in zip(x, y, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_trains_keeps_float32_weights_and_resumes(run_train, tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(train, "pick_precision", lambda *args: dtype)  # slow where the CPU has to emulate it, but right
+    for epochs, resume in ((1, []), (2, ["--resume"])):
+        status, out, err = run_train("--output-dir", tmp_path, "--epochs", epochs, *resume)
+        assert status == 0 and str(dtype)[6:] in out, err
+    last = load(tmp_path / "last_checkpoint.pth")
+    assert {value.dtype for value in last["model"].values()} == {torch.float32, torch.int64}
+    assert bool(last["scaler"]) is (dtype == torch.float16) and len(last["history"]) == 2
+
+
+def test_without_amp_all_is_float32():
+    assert train.pick_precision(CPU, False) == train.pick_precision(torch.device("cuda"), False) == torch.float32
 
 
 # ---------------------------------------------------------------- what a run writes
