@@ -217,14 +217,15 @@ def batch_keys(photos: int, batch_size: int, epochs=(0,), seed: int | None = Non
             yield [(epoch, row) for row in rows[start : start + batch_size][rank::ranks]]
 
 
-def ignore_interrupt(worker: int):
+def start_worker(worker: int):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which stops its workers
+    sys.excepthook = lambda *error: None  # errors go to the main process; what is left is a pipe closed at the end
 
 
 def make_loader(photos: CarPhotos, keys: Iterable, workers: int, device: torch.device) -> DataLoader:
     """Load the batches of `photos` that `keys` lists in `workers` processes."""
     pin = device.type == "cuda"
-    return DataLoader(photos, batch_sampler=keys, num_workers=workers, pin_memory=pin, worker_init_fn=ignore_interrupt)
+    return DataLoader(photos, batch_sampler=keys, num_workers=workers, pin_memory=pin, worker_init_fn=start_worker)
 
 
 class KeptBatches:
