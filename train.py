@@ -31,6 +31,7 @@ import re
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -510,6 +511,7 @@ def run_command(main: Callable[[], None]) -> int:
         else:
             raise
         status = 1
+    threading.excepthook = lambda error: None  # a loader's threads that the end cuts off have nothing to add
     print(f"{Path(sys.argv[0]).name}{f' (rank {rank})' * (rank > 0)}: {message}", file=sys.stderr)
     return status
 
