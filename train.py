@@ -5,7 +5,7 @@ The two published runs, each on one RTX 5080:
     python train.py --resolution 448 --batch-size 64 --lr 0.05    # 91.78 % test accuracy, 50.3 min
     python train.py --resolution 224 --batch-size 128 --lr 0.1    # 89.38 % test accuracy, 18.9 min
 
-Go on after a stop, with the settings of the run that was stopped; on four GPUs, with the same recipe and result:
+Go on after a stop, with the settings of the run that was stopped; or train on four GPUs, with the same recipe:
 
     python train.py --resume
     torchrun --nproc-per-node 4 train.py --resolution 448 --batch-size 64 --lr 0.05
