@@ -527,7 +527,11 @@ def join_processes() -> tuple[torch.device, int, int]:
     if cuda:
         torch.cuda.set_device(device)
     if ranks > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        store, *_ = next(dist.rendezvous("env://"))
+        if ranks == LOCAL_RANKS:  # one store outlives torchrun's restarts: no process may read what a dead one left
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend = "nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, device_id=device if cuda else None)
     return device, rank, ranks
 
 

@@ -107,8 +107,7 @@ def test_a_process_that_dies_takes_the_others_down_and_a_restart_goes_on(torchru
     assert done.returncode != 0 and time.perf_counter() - start < 120
     assert "exitcode" in done.stderr and "rank      : 1" in done.stderr
     (tmp_path / "died").unlink()
-    # More restarts than deaths, as gloo itself fails to connect now and then right after a restart.
-    done = torchrun(2, *flags, "--resume", dies=True, restarts=3)
+    done = torchrun(2, *flags, "--resume", dies=True, restarts=1)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "died").exists() and "resumed after epoch" in done.stdout
     checkpoint = torch.load(tmp_path / "run/last_checkpoint.pth", weights_only=True)
