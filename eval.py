@@ -44,12 +44,13 @@ class Views:
         self.transforms = [v2.Compose([v2.Resize(side, antialias=True), crop]) for side in sides]
 
     def __call__(self, photo: torch.Tensor) -> torch.Tensor:
-        return torch.stack([transform(photo) for transform in self.transforms])
+        views = [transform(photo).movedim(-3, -1) for transform in self.transforms]
+        return torch.stack(views).movedim(-1, -3)  # laid out with the channels last
 
 
 @torch.no_grad()
 def predict(model: torch.nn.Module, views: torch.Tensor, autocast) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of (B, V, 3, R, R) uint8 views: of the first one, and the mean of all and of their mirror images.
+    """Logits of (B, V, R, R, 3) uint8 views: of the first one, and the mean of all and of their mirror images.
 
     Both are (B, classes) float32 on the CPU. With one view (no TTA), the second is the first.
     """
@@ -70,7 +71,7 @@ def predict_all(model, batches: Iterable, count: int, autocast) -> tuple[torch.T
 
 
 def grad_cam(model: torch.nn.Module, crops: torch.Tensor, classes: list[int], batch_size: int) -> np.ndarray:
-    """GradCAM maps at layer4[-1] of (N, 3, R, R) uint8 crops for the given classes: (N, R, R) float32 in 0…1."""
+    """GradCAM maps at layer4[-1] of (N, R, R, 3) uint8 crops for the given classes: (N, R, R) float32 in 0…1."""
     device, maps = next(model.parameters()).device, []
     with GradCAM(model, [model.layer4[-1]]) as cam:  # its hooks go with it
         for start in range(0, len(crops), batch_size):
@@ -85,11 +86,11 @@ def grad_cam(model: torch.nn.Module, crops: torch.Tensor, classes: list[int], ba
 
 
 def plot_grad_cam(crops: torch.Tensor, maps: np.ndarray, titles: list[str], colors: list[str]) -> Figure:
-    """A cell for each of (N, 3, R, R) uint8 crops: its title, the crop, and the crop under its (R, R) map."""
+    """A cell for each of (N, R, R, 3) uint8 crops: its title, the crop, and the crop under its (R, R) map."""
     columns, rows, width, text, photo = min(3, len(crops)), -(-len(crops) // 3), 4.4, 0.65, 2.05  # inches
     figure = Figure(figsize=(columns * width, rows * (photo + text) + 0.1))
     for cell, (crop, heat, title, color) in enumerate(zip(crops, maps, titles, colors, strict=True)):
-        image = crop.permute(1, 2, 0).numpy() / np.float32(255)
+        image = crop.numpy() / np.float32(255)
         gap = np.ones((len(image), len(image) // 20, 3))
         overlay = show_cam_on_image(image, heat, use_rgb=True, image_weight=0.6) / 255
         left, bottom = cell % 3 * width + 0.1, (rows - 1 - cell // 3) * (photo + text) + 0.1
@@ -217,7 +218,7 @@ def name_images(args, model, classes: list[str], resolution: int, autocast):
     views, paths, unreadable = [], [], []
     for path in args.images:
         try:
-            views.append(Views(resolution, args.tta)(train.decode_photo(path.read_bytes())))
+            views.append(Views(resolution, args.tta)(train.decode_photo(path.read_bytes())).movedim(-3, -1))
             paths.append(path)
         except Exception as error:  # each decoder raises its own
             unreadable.append(f"{path} ({train.first_line(error)})")

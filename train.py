@@ -175,8 +175,10 @@ def decode_photo(encoded: bytes) -> torch.Tensor:
 class CarPhotos(torch.utils.data.Dataset):
     """The photos of one split. An item, asked for as (epoch, row), is `transform` of the photo, and its label.
 
-    `transform` gets (3, H, W) uint8. What it draws at random is a function of (seed, epoch, row), whichever worker
-    runs it. Raises InputError, naming split and row, for a photo that cannot be decoded.
+    `transform` gets (3, H, W) uint8 and returns (…, 3, R, R); the item has the channels last, (…, R, R, 3), as decoder,
+    resize and GPU do, so that none of them has to transpose it. What `transform` draws at random is a function of
+    (seed, epoch, row), whichever worker runs it. Raises InputError, naming split and row, for a photo that cannot be
+    decoded.
     """
 
     def __init__(self, photos: datasets.Dataset, transform: Callable, seed: int = 0):
@@ -193,7 +195,7 @@ class CarPhotos(torch.utils.data.Dataset):
         draw = np.random.SeedSequence([self.seed, epoch, row]).generate_state(1)[0]
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(draw))
-            return self.transform(photo), label
+            return self.transform(photo).movedim(-3, -1), label
 
 
 def train_transform(resolution: int) -> v2.Transform:
@@ -261,9 +263,9 @@ def imagenet_mean_std(device: torch.device) -> torch.Tensor:
 
 
 def normalize(images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Move (B, 3, R, R) uint8 to `device` and normalise there: float32, channels_last."""
+    """Move (B, R, R, 3) uint8 to `device` and normalise there: (B, 3, R, R) float32, channels_last."""
     mean, std = imagenet_mean_std(device)
-    return images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last).sub(mean).div_(std)
+    return images.to(device, non_blocking=True).movedim(-1, -3).sub(mean).div_(std)
 
 
 # ---------------------------------------------------------------- model
@@ -338,15 +340,16 @@ def sum_over_processes(values: torch.Tensor) -> list[float]:
     return values.tolist()
 
 
-def train_one_epoch(epoch, forward, batches, sizes, optimizer, scaler, autocast) -> tuple[float, float, float]:
-    """Take a step for each of `batches`, of (B, 3, R, R) uint8 crops and (B,) labels: this process's part of `sizes`.
+def train_one_epoch(epoch, forward, batches, sizes, optimizer, scaler, autocast) -> tuple[float, ...]:
+    """Take a step for each of `batches`, of (B, R, R, 3) uint8 crops and (B,) labels: this process's part of `sizes`.
 
-    Returns mean loss and accuracy (0…1), over all processes, and the seconds of the first step. Raises InputError
-    where a loss is not finite.
+    Returns mean loss and accuracy (0…1), over all processes, the share (0…1) of its time that this one waited for
+    photos, and the seconds of the first step. Raises InputError where a loss is not finite.
     """
-    losses, correct, first, start = [], 0, None, time.perf_counter()
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    losses, correct, first, waited, start = [], 0, None, 0.0, time.perf_counter()
+    asked, ranks = start, dist.get_world_size() if dist.is_initialized() else 1
     for (images, targets), size in zip(batches, sizes, strict=True):
+        waited += time.perf_counter() - asked
         with autocast:
             logits = forward(images)
             targets = targets.to(logits.device, non_blocking=True)
@@ -357,17 +360,19 @@ def train_one_epoch(epoch, forward, batches, sizes, optimizer, scaler, autocast)
         scaler.update()
         losses.append(loss.detach().double())  # left on the device: .item() here would make the CPU wait for the GPU
         correct += (logits.argmax(1) == targets).sum()
-        first = first or time.perf_counter() - start
+        asked = time.perf_counter()
+        first = first or asked - start
     *losses, correct = sum_over_processes(torch.stack([*losses, correct.double()]))
     for step, loss in enumerate(losses, 1):
         if not math.isfinite(loss):
             raise InputError(f"the loss is {loss} in epoch {epoch}, step {step}: use a smaller --lr; {AS_BEFORE}")
-    return float(np.average(losses, weights=sizes)), correct / sum(sizes), first
+    share = waited / (time.perf_counter() - start)
+    return float(np.average(losses, weights=sizes)), correct / sum(sizes), share, first
 
 
 @torch.no_grad()
 def evaluate(epoch, forward, batches, autocast, device: torch.device) -> tuple[float, float]:
-    """Mean loss and accuracy (0…1), over all processes' `batches` of (B, 3, R, R) uint8 crops and (B,) labels.
+    """Mean loss and accuracy (0…1), over all processes' `batches` of (B, R, R, 3) uint8 crops and (B,) labels.
 
     Raises InputError where the loss is not finite.
     """
@@ -644,23 +649,25 @@ output  {args.output_dir}{f", resumed after epoch {len(history)}" if history els
             flush=True,
         )
 
-    epoch = len(history)
+    epoch, start = len(history), time.perf_counter()
     try:
         for epoch in epochs:
-            start, title = time.perf_counter(), f"epoch {epoch}/{args.epochs}"
+            train_start, title = time.perf_counter(), f"epoch {epoch}/{args.epochs}"
             batches = itertools.islice(train_batches, len(sizes))
             bar = tqdm(batches, title, len(sizes), leave=False, disable=True if rank else None)
             model.train()
-            train_loss, train_accuracy, first = train_one_epoch(epoch, forward, bar, sizes, optimizer, scaler, autocast)
-            rate = train_count / (time.perf_counter() - start)
+            trained = train_one_epoch(epoch, forward, bar, sizes, optimizer, scaler, autocast)
+            train_loss, train_accuracy, waited, first = trained
+            rate = train_count / (time.perf_counter() - train_start)
             model.eval()
             if ranks > 1:
                 for buffer in model.buffers():  # each process has batch norm statistics of its own photos
                     dist.broadcast(buffer, 0)
             test_loss, test_accuracy = evaluate(epoch, infer, test_batches, autocast, device)
             row = dict(epoch=epoch, lr=scheduler.get_last_lr()[0], train_loss=train_loss, train_accuracy=train_accuracy)
-            row |= dict(test_loss=test_loss, test_accuracy=test_accuracy)
-            row |= dict(seconds=time.perf_counter() - start, photos_per_second=rate)
+            row |= dict(test_loss=test_loss, test_accuracy=test_accuracy, photos_per_second=rate, input_wait=waited)
+            row |= dict(seconds=time.perf_counter() - start)
+            start += row["seconds"]  # so that the next epoch's seconds begin with what is written after this one
             history.append(row)
             scheduler.step()
             if rank > 0:
@@ -677,6 +684,7 @@ output  {args.output_dir}{f", resumed after epoch {len(history)}" if history els
             print(
                 f"{title}  lr {row['lr']:.3g}  train loss {train_loss:.4f} acc {percent(train_accuracy)}  "
                 f"test loss {test_loss:.4f} acc {percent(test_accuracy)}  {row['seconds']:.1f} s  {rate:.1f} photos/s  "
+                f"{waited:.0%} waiting for photos  "
                 f"{(args.epochs - epoch) * row['seconds'] / 60:.1f} min left"
                 + f"  (first step {first:.1f} s, with compilation)"
                 * (args.compile and epoch == epochs[0]),

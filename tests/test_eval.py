@@ -102,8 +102,8 @@ def test_views_give_the_logits_of_six_pil_transforms(learned, model, plain_logit
     for ours, theirs in ((single, plain_logits[0][:, 0]), (mean, plain_logits[0].mean(1))):
         assert (ours - theirs).norm() < 2e-3 * theirs.norm()
         assert torch.equal(ours.argmax(1), theirs.argmax(1))
-    assert torch.equal(views[:, 0], torch.stack([train.test_transform(64)(train.decode_photo(row["image"]["bytes"]))
-                                                 for row in photos.photos]))  # fmt: skip
+    crops = [train.test_transform(64)(train.decode_photo(row["image"]["bytes"])) for row in photos.photos]
+    assert torch.equal(views[:, 0], torch.stack(crops).movedim(1, -1))
     again, same = evaluation.predict(model, views[:, :1], FP32)
     assert torch.equal(again, same) and (again - single).norm() < 1e-4 * single.norm()
 
@@ -125,7 +125,7 @@ def test_maps_equal_pytorch_grad_cam_on_one_photo(learned, model):
     maps = evaluation.grad_cam(model, crops, [0, 1, 2, 3, 4], batch_size=2)
     with GradCAM(model, [model.layer4[-1]]) as cam:
         targets = [evaluation.ClassifierOutputTarget(3)]
-        expected = cam(NORMALIZE(crops[3:4].float() / 255), targets)
+        expected = cam(NORMALIZE(crops[3:4].movedim(-1, 1).float() / 255), targets)
     assert maps.shape == (5, 64, 64) and maps.dtype == np.float32
     np.testing.assert_allclose(maps[3:4], expected, atol=2e-3)
     assert not any(module._forward_hooks for module in model.modules())
@@ -158,7 +158,7 @@ def test_a_training_run_and_its_evaluation_agree(report, learned):
 
 @pytest.mark.parametrize("count", [1, 5, 16, 32])
 def test_gradcam_figure_has_a_cell_a_photo(count):
-    crops, maps = torch.zeros(count, 3, 64, 64, dtype=torch.uint8), np.zeros((count, 64, 64), np.float32)
+    crops, maps = torch.zeros(count, 64, 64, 3, dtype=torch.uint8), np.zeros((count, 64, 64), np.float32)
     maps[:, 10:20, 10:20] = 1
     title = "true: Rolls-Royce Phantom Drophead Coupe Convertible 2012\npredicted: Van\nright"
     figure = evaluation.plot_grad_cam(crops, maps, [title] * count, ["black"] * count)
@@ -204,7 +204,7 @@ def untrained(tmp_path_factory):
         "test_accuracy": 0.5,
     }
     torch.save({**checkpoint, "settings": {"resolution": 33, "dataset": "nowhere"}}, folder / "best_model.pth")
-    views = evaluation.Views(33, False)(train.decode_photo(photo()))[None]
+    views = evaluation.Views(33, False)(train.decode_photo(photo()))[None].movedim(2, -1)
     return folder / "best_model.pth", evaluation.predict(network.eval(), views, FP32)[0].argmax().item()
 
 

@@ -51,7 +51,7 @@ def test_defaults_are_the_recipe():
 
 
 def test_lr_falls_by_ten_every_thirty_of_ninety_epochs(run_train, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "train_one_epoch", lambda epoch, *rest: (1.0, 0.5, 0.1))
+    monkeypatch.setattr(train, "train_one_epoch", lambda epoch, *rest: (1.0, 0.5, 0.0, 0.1))
     monkeypatch.setattr(train, "evaluate", lambda *rest: (1.0, 0.5))
     monkeypatch.setattr(torch, "save", lambda value, path: path.touch())
     monkeypatch.setattr(train, "plot_history", lambda rows: train.Figure(figsize=(1, 1)))
@@ -114,7 +114,7 @@ def test_crops_equal_the_pil_path_within_one(size, resolution):
 def test_normalised_crops_equal_to_tensor_and_normalize():
     crop = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8))
     steps = [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
-    ours = train.normalize(transforms.functional.pil_to_tensor(crop)[None], CPU)
+    ours = train.normalize(torch.from_numpy(np.array(crop))[None], CPU)
     assert ours.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(ours[0], transforms.Compose(steps)(crop), rtol=1e-5, atol=1e-5)
 
@@ -206,7 +206,7 @@ def test_an_image_folder_gives_the_same_photos_and_classes(cars, tmp_path):
     assert found["train"].features["label"].names == names
     assert np.bincount(found["train"]["label"]).tolist() == [2] * 8 and len(found["test"]) == 8
     crop, label = train.CarPhotos(found["test"], train.test_transform(32))[0, 3]
-    assert crop.shape == (3, 32, 32) and names[label] in found["test"][3]["image"]["path"]
+    assert crop.shape == (32, 32, 3) and names[label] in found["test"][3]["image"]["path"]
 
 
 def test_a_local_folder_that_changes_is_read_anew(tmp_path):
@@ -232,20 +232,21 @@ def test_a_step_equals_a_plain_reference_step():
     reference.load_state_dict(model.state_dict())
     start = torch.cat([p.detach().flatten() for p in model.parameters()])
     model = model.to(memory_format=torch.channels_last)
-    images, targets = torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8), torch.arange(6)
+    images, targets = torch.randint(0, 256, (6, 64, 64, 3), dtype=torch.uint8), torch.arange(6)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=1e-4)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     forward = lambda images: model(train.normalize(images, CPU))  # noqa: E731
-    loss, accuracy, _ = train.train_one_epoch(1, forward, [(images, targets)], [6], optimizer, scaler, FP32)
+    loss, accuracy, waited, first = train.train_one_epoch(1, forward, [(images, targets)], [6], optimizer, scaler, FP32)
 
     plain = torch.optim.SGD(reference.parameters(), 0.1, 0.9, weight_decay=1e-4)
     normalize = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    logits = reference(normalize(images.float() / 255))
+    logits = reference(normalize(images.movedim(-1, 1).float() / 255))
     expected = torch.nn.functional.cross_entropy(logits, targets)
     expected.backward()
     plain.step()
     assert loss == pytest.approx(expected.item(), rel=1e-4)
     assert accuracy == pytest.approx((logits.argmax(1) == targets).float().mean().item())
+    assert 0 <= waited < 0.1 < first
     ours, theirs = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (model, reference))
     assert (ours - theirs).norm() < 1e-2 * (theirs - start).norm()  # rounding in another memory layout: 0.5 % seen
 
@@ -358,7 +359,8 @@ def assert_same_run(one, other):
     assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
     for number, state in one["optimizer"]["state"].items():
         assert torch.equal(state["momentum_buffer"], other["optimizer"]["state"][number]["momentum_buffer"])
-    timeless = [[{**row, "seconds": 0, "photos_per_second": 0} for row in run["history"]] for run in (one, other)]
+    times = dict(seconds=0, photos_per_second=0, input_wait=0)
+    timeless = [[{**row, **times} for row in run["history"]] for run in (one, other)]
     assert timeless[0] == timeless[1]
 
 
