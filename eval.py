@@ -54,14 +54,13 @@ def predict(model: torch.nn.Module, views: torch.Tensor, autocast) -> tuple[torc
 
     Both are (B, classes) float32 on the CPU. With one view (no TTA), the second is the first.
     """
-    batch, count = views.shape[:2]
-    images = normalize(views.flatten(0, 1), next(model.parameters()).device)
+    views = views.to(next(model.parameters()).device, non_blocking=True)
+    crops = list(views.unbind(1))
+    if len(crops) > 1:
+        crops += [crop.flip(-2) for crop in crops]
     with autocast:
-        logits = model(images).float().view(batch, count, -1)
-        if count == 1:
-            return logits[:, 0].cpu(), logits[:, 0].cpu()
-        mirrored = model(images.flip(-1)).float().view(batch, count, -1)
-    return logits[:, 0].cpu(), torch.cat([logits, mirrored], 1).mean(1).cpu()
+        logits = torch.stack([model(normalize(crop, views.device)).float() for crop in crops])
+    return logits[0].cpu(), logits.mean(0).cpu()
 
 
 def predict_all(model, batches: Iterable, count: int, autocast) -> tuple[torch.Tensor, torch.Tensor]:

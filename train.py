@@ -198,9 +198,17 @@ class CarPhotos(torch.utils.data.Dataset):
             return self.transform(photo).movedim(-3, -1), label
 
 
+class RandomResizedCrop(v2.RandomResizedCrop):
+    """torchvision's, pixel for pixel; but resizing a copy of the crop is faster, and leaves its channels last."""
+
+    def transform(self, photo: torch.Tensor, params: dict[str, int]) -> torch.Tensor:
+        crop = v2.functional.crop(photo, **params)[None].contiguous(memory_format=torch.channels_last)
+        return v2.functional.resize(crop, self.size, antialias=True)[0]
+
+
 def train_transform(resolution: int) -> v2.Transform:
     """Random crop, with torchvision's default scale and ratio, and random mirroring: (3, R, R) uint8."""
-    return v2.Compose([v2.RandomResizedCrop(resolution, antialias=True), v2.RandomHorizontalFlip()])
+    return v2.Compose([RandomResizedCrop(resolution, antialias=True), v2.RandomHorizontalFlip()])
 
 
 def test_transform(resolution: int) -> v2.Transform:

@@ -1,0 +1,34 @@
+"""benchmark.py: that it runs and prints what it measured, and that its reference computes the same as eval.py."""
+
+import re
+
+import benchmark
+import torch
+from torchvision.models import resnet50
+
+import eval as evaluation
+import train
+
+
+def test_the_table_has_every_row_and_its_ratios(cars, capfd):
+    flags = ["--dataset", str(cars), "--resolution", "32", "--photos", "8", "--repeats", "1", "--workers", "1"]
+    benchmark.main([*flags, "--device", "cpu"])
+    out = capfd.readouterr().out
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line[:1] == "|"][2:]
+    names = ["decode only", "train input", "test input", "train step", "train epoch", "test evaluation, first"]
+    assert [row[0].startswith(name) for row, name in zip(rows, names, strict=False)] == [True] * 6
+    assert [row[0] for row in rows[6:]] == ["test evaluation, later epochs", "eval.py --tta end to end"]
+    for _, _, ours, reference, ratio in rows:
+        ours, reference, ratio = (float(cell.split()[0]) for cell in (ours, reference, ratio))
+        assert ours > 0 and abs(ratio - ours / reference) < 0.02 * ratio + 0.01
+    assert re.search(r"first step, weights cached: \d+\.\d", out)
+
+
+def test_the_reference_gives_the_logits_of_eval(learned):
+    photos = train.load_cars(str(learned[0]), ("test",))["test"].select(range(16))
+    model = resnet50(num_classes=8)
+    model.load_state_dict(train.read_checkpoint(learned[1] / "best_model.pth")["model"])
+    expected = benchmark.textbook_tta(model, photos, 64, 8, 0, torch.device("cpu"))
+    views = torch.stack([train.CarPhotos(photos, evaluation.Views(64, tta=True))[0, row][0] for row in range(16)])
+    _, mean = evaluation.predict(model, views, torch.autocast("cpu", enabled=False))
+    assert (mean - expected).norm() < 2e-3 * expected.norm()
