@@ -116,10 +116,8 @@ def plot_confusion(confusion: np.ndarray, classes: list[str]) -> Figure:
     axes.set_yticks(range(count), classes, fontsize=font)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
-    axes.set_xticks(np.arange(count + 1) - 0.5, minor=True)
-    axes.set_yticks(np.arange(count + 1) - 0.5, minor=True)
-    axes.grid(which="minor", color="0.9", linewidth=0.5)
-    axes.tick_params(which="minor", length=0)
+    for lines in (axes.hlines, axes.vlines):
+        lines(np.arange(count + 1) - 0.5, -0.5, count - 0.5, color="0.9", linewidth=0.5)
     if count <= 30:
         for row, column in np.argwhere(confusion):
             color = "white" if share[row, column] > 0.5 else "black"

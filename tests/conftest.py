@@ -18,6 +18,11 @@ import train  # noqa: E402
 
 datasets.disable_progress_bars()
 
+
+def pytest_configure(config):  # ignores what train.py ignores
+    config.addinivalue_line("filterwarnings", "ignore:The image decoding and encoding:DeprecationWarning")
+
+
 SMALL = "--weights none --resolution 33 --batch-size 8 --lr 0.01 --workers 0 --no-compile --no-amp".split()
 
 
