@@ -111,6 +111,18 @@ def test_crops_equal_the_pil_path_within_one(size, resolution):
         assert (ours.int() - theirs.int()).abs().max() <= 1
 
 
+@pytest.mark.parametrize("resolution", [64, 300])
+def test_random_crops_are_torchvisions_and_keep_the_channels_last(resolution):
+    photo = torch.randint(0, 256, (300, 400, 3), dtype=torch.uint8).movedim(-1, 0)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        ours = train.train_transform(resolution)(photo)
+        torch.manual_seed(seed)
+        steps = [train.v2.RandomResizedCrop(resolution, antialias=True), train.v2.RandomHorizontalFlip()]
+        assert torch.equal(ours, train.v2.Compose(steps)(photo))
+        assert ours.movedim(0, -1).is_contiguous()
+
+
 def test_normalised_crops_equal_to_tensor_and_normalize():
     crop = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8))
     steps = [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
