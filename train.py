@@ -434,7 +434,7 @@ def write_results(checkpoint: dict, output_dir: Path):
         with whole_file(output_dir / "best_model.pth") as draft:
             torch.save(best, draft)
     with whole_file(output_dir / "history.csv") as draft, open(draft, "w", newline="") as file:
-        rows = csv.DictWriter(file, checkpoint["history"][0])
+        rows = csv.DictWriter(file, checkpoint["history"][-1])
         rows.writeheader()
         rows.writerows(checkpoint["history"])
     with whole_file(output_dir / "training_curves.png") as draft:
