@@ -431,6 +431,7 @@ def test_ctrl_c_says_how_to_go_on(cars, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored, where the tests run behind a "&"
     )
     while not process.stdout.readline().startswith("epoch 2/500"):
         assert process.poll() is None
