@@ -160,7 +160,7 @@ def decode_photo(encoded: bytes) -> torch.Tensor:
     with Image.open(io.BytesIO(encoded)) as photo:  # reads the header alone, and refuses decompression bombs
         if max(photo.size) > 50 * min(photo.size):
             raise ValueError(f"{photo.width} × {photo.height} pixels are no photo")
-        # torchvision is about twice as fast as Pillow; Pillow reads more formats, and CMYK as it is meant.
+        # torchvision is a little faster than Pillow; Pillow reads more formats, and CMYK as it is meant.
         if decode_image and photo.format in ("JPEG", "PNG") and photo.mode in ("RGB", "L"):
             data = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
             pixels = decode_image(data, mode="RGB", apply_exif_orientation=True)
