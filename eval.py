@@ -24,7 +24,6 @@ from pytorch_grad_cam.utils.image import show_cam_on_image
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from scipy.stats import binomtest
 from torchvision.models import resnet50
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 import train
@@ -39,12 +38,11 @@ class Views:
     """
 
     def __init__(self, resolution: int, tta: bool):
-        sides = [int(resolution * 256 / 224), resolution, int(resolution * 288 / 224)][: 3 if tta else 1]
-        crop = v2.CenterCrop(resolution)
-        self.transforms = [v2.Compose([v2.Resize(side, antialias=True), crop]) for side in sides]
+        self.sides = [int(resolution * 256 / 224), resolution, int(resolution * 288 / 224)][: 3 if tta else 1]
+        self.resolution = resolution
 
     def __call__(self, photo: torch.Tensor) -> torch.Tensor:
-        views = [transform(photo).movedim(-3, -1) for transform in self.transforms]
+        views = [train.center_crop(photo, side, self.resolution).movedim(-3, -1) for side in self.sides]
         return torch.stack(views).movedim(-1, -3)  # laid out with the channels last
 
 

@@ -211,9 +211,21 @@ def train_transform(resolution: int) -> v2.Transform:
     return v2.Compose([RandomResizedCrop(resolution, antialias=True), v2.RandomHorizontalFlip()])
 
 
-def test_transform(resolution: int) -> v2.Transform:
+def center_crop(photo: torch.Tensor, side: int, resolution: int) -> torch.Tensor:
+    """v2.Resize(side) and v2.CenterCrop(resolution) of (3, H, W) uint8, pixel for pixel: (3, R, R).
+
+    torch resizes the width first, too. Here only the columns that the crop keeps are then resized in height.
+    """
+    height, width = photo.shape[-2:]
+    new_height, new_width = (int(side * edge / min(height, width)) for edge in (height, width))
+    photo = v2.functional.resize(photo, [height, new_width], antialias=True)
+    columns = v2.functional.center_crop(photo, [height, resolution])[None].contiguous(memory_format=torch.channels_last)
+    return v2.functional.center_crop(v2.functional.resize(columns, [new_height, resolution])[0], [resolution])
+
+
+def test_transform(resolution: int) -> Callable:
     """Shorter side to int(R·256/224), then the centre: (3, R, R) uint8."""
-    return v2.Compose([v2.Resize(int(resolution * 256 / 224), antialias=True), v2.CenterCrop(resolution)])
+    return functools.partial(center_crop, side=int(resolution * 256 / 224), resolution=resolution)
 
 
 def batch_keys(photos: int, batch_size: int, epochs=(0,), seed: int | None = None, rank: int = 0, ranks: int = 1):

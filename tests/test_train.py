@@ -111,6 +111,15 @@ def test_crops_equal_the_pil_path_within_one(size, resolution):
         assert (ours.int() - theirs.int()).abs().max() <= 1
 
 
+@pytest.mark.parametrize("size", [(300, 400), (400, 300), (64, 73), (73, 73), (37, 640), (500, 11)])
+@pytest.mark.parametrize("resolution", [64, 301])
+def test_center_crops_are_torchvisions(size, resolution):
+    photo = torch.randint(0, 256, (*size, 3), dtype=torch.uint8).movedim(-1, 0)
+    for side in (int(resolution * 256 / 224), resolution, int(resolution * 288 / 224)):
+        steps = [train.v2.Resize(side, antialias=True), train.v2.CenterCrop(resolution)]
+        assert torch.equal(train.center_crop(photo, side, resolution), train.v2.Compose(steps)(photo))
+
+
 @pytest.mark.parametrize("resolution", [64, 300])
 def test_random_crops_are_torchvisions_and_keep_the_channels_last(resolution):
     photo = torch.randint(0, 256, (300, 400, 3), dtype=torch.uint8).movedim(-1, 0)
