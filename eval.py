@@ -8,6 +8,7 @@ On the reference's 448 px model: 91.78 %, with TTA 91.93 %; on its 224 px model:
 """
 
 import argparse
+import functools
 import json
 import platform
 import sys
@@ -30,20 +31,15 @@ import train
 from train import CarPhotos, InputError, normalize, percent, whole_file
 
 
-class Views:
+def crop_views(photo: torch.Tensor, resolution: int, tta: bool) -> torch.Tensor:
     """A photo's centre crops: (3, H, W) uint8 to (V, 3, R, R) uint8.
 
     The first is the view that training is tested on (shorter side int(R·256/224)); with `tta`, one of shorter side R
     and one of int(R·288/224) follow.
     """
-
-    def __init__(self, resolution: int, tta: bool):
-        self.sides = [int(resolution * 256 / 224), resolution, int(resolution * 288 / 224)][: 3 if tta else 1]
-        self.resolution = resolution
-
-    def __call__(self, photo: torch.Tensor) -> torch.Tensor:
-        views = [train.center_crop(photo, side, self.resolution).movedim(-3, -1) for side in self.sides]
-        return torch.stack(views).movedim(-1, -3)  # laid out with the channels last
+    sides = (256, 224, 288) if tta else (256,)
+    views = [train.center_crop(photo, resolution, side).movedim(-3, -1) for side in sides]
+    return torch.stack(views).movedim(-1, -3)  # laid out with the channels last
 
 
 @torch.no_grad()
@@ -213,7 +209,7 @@ def name_images(args, model, classes: list[str], resolution: int, autocast):
     views, paths, unreadable = [], [], []
     for path in args.images:
         try:
-            views.append(Views(resolution, args.tta)(train.decode_photo(path.read_bytes())).movedim(-3, -1))
+            views.append(crop_views(train.decode_photo(path.read_bytes()), resolution, args.tta).movedim(-3, -1))
             paths.append(path)
         except Exception as error:  # each decoder raises its own
             unreadable.append(f"{path} ({train.first_line(error)})")
@@ -276,7 +272,7 @@ def main(argv: list[str] | None = None):
         )
     print(f"test        {dataset}: {len(photos)} photos, {count} classes")
 
-    cars = CarPhotos(photos, Views(resolution, args.tta))
+    cars = CarPhotos(photos, functools.partial(crop_views, tta=args.tta), resolution)
     keys = list(train.batch_keys(len(photos), args.batch_size))
     single, mean = predict_all(model, train.make_loader(cars, keys, args.workers, device), len(keys), autocast)
     labels, predicted = np.array(photos["label"]), single.argmax(1).numpy()

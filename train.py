@@ -50,7 +50,7 @@ from PIL import Image, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision.models import ResNet50_Weights, resnet50
-from torchvision.transforms import v2
+from torchvision.transforms import RandomResizedCrop, v2
 from tqdm import tqdm
 
 try:
@@ -173,16 +173,16 @@ def decode_photo(encoded: bytes) -> torch.Tensor:
 
 
 class CarPhotos(torch.utils.data.Dataset):
-    """The photos of one split. An item, asked for as (epoch, row), is `transform` of the photo, and its label.
+    """The photos of one split. An item, asked for as (epoch, row), is `crop` of the photo, and its label.
 
-    `transform` gets (3, H, W) uint8 and returns (…, 3, R, R); the item has the channels last, (…, R, R, 3), as decoder,
-    resize and GPU do, so that none of them has to transpose it. What `transform` draws at random is a function of
+    `crop` gets (3, H, W) uint8 and R, and returns (…, 3, R, R); the item has the channels last, (…, R, R, 3), as
+    decoder, resize and GPU do, so that none of them has to transpose it. What `crop` draws at random is a function of
     (seed, epoch, row), whichever worker runs it. Raises InputError, naming split and row, for a photo that cannot be
     decoded.
     """
 
-    def __init__(self, photos: datasets.Dataset, transform: Callable, seed: int = 0):
-        self.photos, self.transform, self.seed = photos, transform, seed
+    def __init__(self, photos: datasets.Dataset, crop: Callable, resolution: int, seed: int = 0):
+        self.photos, self.crop, self.resolution, self.seed = photos, crop, resolution, seed
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
         epoch, row = key
@@ -195,37 +195,24 @@ class CarPhotos(torch.utils.data.Dataset):
         draw = np.random.SeedSequence([self.seed, epoch, row]).generate_state(1)[0]
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(draw))
-            return self.transform(photo).movedim(-3, -1), label
+            return self.crop(photo, self.resolution).movedim(-3, -1), label
 
 
-class RandomResizedCrop(v2.RandomResizedCrop):
-    """torchvision's, pixel for pixel; but resizing a copy of the crop is faster, and leaves its channels last."""
+def random_crop(photo: torch.Tensor, resolution: int) -> torch.Tensor:
+    """Train crop of (3, H, W) uint8: (3, R, R). RandomResizedCrop with torchvision's scale and ratio, then mirroring.
 
-    def transform(self, photo: torch.Tensor, params: dict[str, int]) -> torch.Tensor:
-        crop = v2.functional.crop(photo, **params)[None].contiguous(memory_format=torch.channels_last)
-        return v2.functional.resize(crop, self.size, antialias=True)[0]
-
-
-def train_transform(resolution: int) -> v2.Transform:
-    """Random crop, with torchvision's default scale and ratio, and random mirroring: (3, R, R) uint8."""
-    return v2.Compose([RandomResizedCrop(resolution, antialias=True), v2.RandomHorizontalFlip()])
-
-
-def center_crop(photo: torch.Tensor, side: int, resolution: int) -> torch.Tensor:
-    """v2.Resize(side) and v2.CenterCrop(resolution) of (3, H, W) uint8, pixel for pixel: (3, R, R).
-
-    torch resizes the width first, too. Here only the columns that the crop keeps are then resized in height.
+    Pixel for pixel v2's; but resizing a copy of the crop is faster, and leaves its channels last.
     """
-    height, width = photo.shape[-2:]
-    new_height, new_width = (int(side * edge / min(height, width)) for edge in (height, width))
-    photo = v2.functional.resize(photo, [height, new_width], antialias=True)
-    columns = v2.functional.center_crop(photo, [height, resolution])[None].contiguous(memory_format=torch.channels_last)
-    return v2.functional.center_crop(v2.functional.resize(columns, [new_height, resolution])[0], [resolution])
+    top, left, height, width = RandomResizedCrop.get_params(photo, scale=(0.08, 1), ratio=(3 / 4, 4 / 3))
+    crop = photo[None, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
+    crop = v2.functional.resize(crop, [resolution, resolution], antialias=True)[0]
+    return crop.flip(-1) if torch.rand(1) < 0.5 else crop
 
 
-def test_transform(resolution: int) -> Callable:
-    """Shorter side to int(R·256/224), then the centre: (3, R, R) uint8."""
-    return functools.partial(center_crop, side=int(resolution * 256 / 224), resolution=resolution)
+def center_crop(photo: torch.Tensor, resolution: int, side_at_224: int = 256) -> torch.Tensor:
+    """Test crop of (3, H, W) uint8: (3, R, R). The shorter side to int(R·side_at_224/224), then the centre."""
+    photo = v2.functional.resize(photo, [int(resolution * side_at_224 / 224)], antialias=True)
+    return v2.functional.center_crop(photo, [resolution])
 
 
 def batch_keys(photos: int, batch_size: int, epochs=(0,), seed: int | None = None, rank: int = 0, ranks: int = 1):
@@ -646,10 +633,10 @@ def main(argv: list[str] | None = None):
 
     epochs = range(len(history) + 1, args.epochs + 1)
     keys = batch_keys(train_count, args.batch_size, epochs, args.seed, rank, ranks)
-    photos = CarPhotos(cars["train"], train_transform(args.resolution), args.seed)
+    photos = CarPhotos(cars["train"], random_crop, args.resolution, args.seed)
     train_batches = iter(make_loader(photos, keys, args.workers, device))
     keys = [keys for keys in batch_keys(test_count, args.batch_size, rank=rank, ranks=ranks) if keys]
-    test_batches = make_loader(CarPhotos(cars["test"], test_transform(args.resolution)), keys, args.workers, device)
+    test_batches = make_loader(CarPhotos(cars["test"], center_crop, args.resolution), keys, args.workers, device)
     crop_bytes = test_count * 3 * args.resolution**2 * LOCAL_RANKS // ranks  # on this machine
     if keep := crop_bytes < free_memory() / 2:
         test_batches = KeptBatches(test_batches)

@@ -182,23 +182,22 @@ def input_rows(table: Table, cars: dict[str, datasets.Dataset], resolutions: lis
     def rate(decode: Callable[[int], object]) -> float:
         return count / timed(cpu, lambda: [decode(row) for row in range(count)])[0]
 
-    def ours(split: str, transform: Callable) -> float:
-        return input_rate(
-            train.make_loader(train.CarPhotos(photos[split], transform), train.batch_keys(count, batch_size), 1, cpu)
-        )
+    def ours(split: str, crop: Callable, resolution: int) -> float:
+        cars = train.CarPhotos(photos[split], crop, resolution)
+        return input_rate(train.make_loader(cars, train.batch_keys(count, batch_size), 1, cpu))
 
     def reference(split: str, steps: list) -> float:
         return input_rate(textbook_loader(photos[split], steps, batch_size, 1))
 
-    whole = train.CarPhotos(photos["test"], lambda photo: photo)
+    whole = train.CarPhotos(photos["test"], lambda photo, _: photo, 0)
     decoders = lambda row: whole[0, row], lambda row: by_pil[row]["image"].convert("RGB")
     table.compare("decode only, one core", "", *(functools.partial(rate, decode) for decode in decoders))
     for size in resolutions:
-        for split, transform, steps in (
-            ("train", train.train_transform(size), textbook_train_steps(size)),
-            ("test", train.test_transform(size), textbook_test_steps(size)),
+        for split, crop, steps in (
+            ("train", train.random_crop, textbook_train_steps(size)),
+            ("test", train.center_crop, textbook_test_steps(size)),
         ):
-            sides = functools.partial(ours, split, transform), functools.partial(reference, split, steps)
+            sides = functools.partial(ours, split, crop, size), functools.partial(reference, split, steps)
             table.compare(f"{split} input, one worker", size, *sides)
 
 
@@ -328,6 +327,7 @@ def main(argv: list[str] | None = None):
     cuda = device.type == "cuda"
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
+    torch.compiler.config.force_disable_caches = True  # a first step has all of its compilation in it
     cars = train.load_cars(args.dataset)
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     precision, sizes = str(train.pick_precision(device, amp=True))[6:], [len(photos) for photos in cars.values()]

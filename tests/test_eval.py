@@ -1,5 +1,6 @@
 """eval.py: its figures against scikit-learn, PIL and pytorch_grad_cam, its report, its pictures and its refusals."""
 
+import functools
 import json
 import math
 import os
@@ -96,13 +97,14 @@ def test_metrics_equal_scikit_learns(report, plain_logits):
 
 
 def test_views_give_the_logits_of_six_pil_transforms(learned, model, plain_logits):
-    photos = train.CarPhotos(train.load_cars(str(learned[0]))["test"], evaluation.Views(64, tta=True))
+    crop_views = functools.partial(evaluation.crop_views, tta=True)
+    photos = train.CarPhotos(train.load_cars(str(learned[0]))["test"], crop_views, 64)
     views = torch.stack([photos[0, row][0] for row in range(80)])
     single, mean = evaluation.predict(model, views, FP32)
     for ours, theirs in ((single, plain_logits[0][:, 0]), (mean, plain_logits[0].mean(1))):
         assert (ours - theirs).norm() < 2e-3 * theirs.norm()
         assert torch.equal(ours.argmax(1), theirs.argmax(1))
-    crops = [train.test_transform(64)(train.decode_photo(row["image"]["bytes"])) for row in photos.photos]
+    crops = [train.center_crop(train.decode_photo(row["image"]["bytes"]), 64) for row in photos.photos]
     assert torch.equal(views[:, 0], torch.stack(crops).movedim(1, -1))
     again, same = evaluation.predict(model, views[:, :1], FP32)
     assert torch.equal(again, same) and (again - single).norm() < 1e-4 * single.norm()
@@ -120,7 +122,7 @@ def test_the_interval_is_wilsons(correct, total):
 
 
 def test_maps_equal_pytorch_grad_cam_on_one_photo(learned, model):
-    photos = train.CarPhotos(train.load_cars(str(learned[0]))["test"], train.test_transform(64))
+    photos = train.CarPhotos(train.load_cars(str(learned[0]))["test"], train.center_crop, 64)
     crops = torch.stack([photos[0, row][0] for row in range(5)])
     maps = evaluation.grad_cam(model, crops, [0, 1, 2, 3, 4], batch_size=2)
     with GradCAM(model, [model.layer4[-1]]) as cam:
@@ -204,7 +206,7 @@ def untrained(tmp_path_factory):
         "test_accuracy": 0.5,
     }
     torch.save({**checkpoint, "settings": {"resolution": 33, "dataset": "nowhere"}}, folder / "best_model.pth")
-    views = evaluation.Views(33, False)(train.decode_photo(photo()))[None].movedim(2, -1)
+    views = evaluation.crop_views(train.decode_photo(photo()), 33, tta=False)[None].movedim(2, -1)
     return folder / "best_model.pth", evaluation.predict(network.eval(), views, FP32)[0].argmax().item()
 
 

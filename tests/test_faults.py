@@ -157,9 +157,9 @@ def test_odd_photos_are_taken(kind, tmp_path):
     make, color = TAKEN[kind]
     folder = write_dataset(tmp_path, [(make(), 0)], [(make(), 0)], ["a", "b"])
     cars = train.load_cars(str(folder))
-    crop, label = train.CarPhotos(cars["train"], train.train_transform(64))[1, 0]
+    crop, label = train.CarPhotos(cars["train"], train.random_crop, 64)[1, 0]
     assert crop.shape == (64, 64, 3) and label == 0
-    crop, _ = train.CarPhotos(cars["test"], train.test_transform(64))[0, 0]
+    crop, _ = train.CarPhotos(cars["test"], train.center_crop, 64)[0, 0]
     assert (crop.float().mean((0, 1)) - torch.tensor(color)).abs().max() < 6
 
 
@@ -168,7 +168,7 @@ def test_odd_photos_are_taken(kind, tmp_path):
 def test_what_is_no_photo_is_named(kind, tmp_path):
     rows = [(jpeg(0), 0), (REFUSED[kind](), 0)]
     cars = train.load_cars(str(write_dataset(tmp_path, rows, rows, ["a", "b"])))
-    photos = train.CarPhotos(cars["test"], train.test_transform(64))
+    photos = train.CarPhotos(cars["test"], train.center_crop, 64)
     photos[0, 0]
     with pytest.raises(train.InputError, match="the test photo in row 1 cannot be decoded"):
         photos[0, 1]

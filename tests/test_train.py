@@ -101,10 +101,10 @@ def test_crops_equal_the_pil_path_within_one(size, resolution):
     pil_train = transforms.Compose([transforms.RandomResizedCrop(resolution), transforms.RandomHorizontalFlip()])
     side = int(resolution * 256 / 224)
     pil_test = transforms.Compose([transforms.Resize(side), transforms.CenterCrop(resolution)])
-    pairs = [(train.train_transform(resolution), pil_train)] * 3 + [(train.test_transform(resolution), pil_test)]
+    pairs = [(train.random_crop, pil_train)] * 3 + [(train.center_crop, pil_test)]
     for seed, (ours, theirs) in enumerate(pairs):
         torch.manual_seed(seed)
-        ours = ours(tensor)
+        ours = ours(tensor, resolution)
         torch.manual_seed(seed)
         theirs = transforms.functional.pil_to_tensor(theirs(photo))
         assert ours.dtype == torch.uint8 and ours.shape == (3, resolution, resolution)
@@ -115,9 +115,9 @@ def test_crops_equal_the_pil_path_within_one(size, resolution):
 @pytest.mark.parametrize("resolution", [64, 301])
 def test_center_crops_are_torchvisions(size, resolution):
     photo = torch.randint(0, 256, (*size, 3), dtype=torch.uint8).movedim(-1, 0)
-    for side in (int(resolution * 256 / 224), resolution, int(resolution * 288 / 224)):
-        steps = [train.v2.Resize(side, antialias=True), train.v2.CenterCrop(resolution)]
-        assert torch.equal(train.center_crop(photo, side, resolution), train.v2.Compose(steps)(photo))
+    for side in (256, 224, 288):
+        steps = [train.v2.Resize(int(resolution * side / 224), antialias=True), train.v2.CenterCrop(resolution)]
+        assert torch.equal(train.center_crop(photo, resolution, side), train.v2.Compose(steps)(photo))
 
 
 @pytest.mark.parametrize("resolution", [64, 300])
@@ -125,7 +125,7 @@ def test_random_crops_are_torchvisions_and_keep_the_channels_last(resolution):
     photo = torch.randint(0, 256, (300, 400, 3), dtype=torch.uint8).movedim(-1, 0)
     for seed in range(5):
         torch.manual_seed(seed)
-        ours = train.train_transform(resolution)(photo)
+        ours = train.random_crop(photo, resolution)
         torch.manual_seed(seed)
         steps = [train.v2.RandomResizedCrop(resolution, antialias=True), train.v2.RandomHorizontalFlip()]
         assert torch.equal(ours, train.v2.Compose(steps)(photo))
@@ -198,7 +198,7 @@ def test_pillow_decodes_where_torchvision_no_longer_does(monkeypatch):
 
 def test_draws_depend_on_seed_epoch_and_photo_alone(cars):
     split = train.load_cars(str(cars))["train"]
-    photos = train.CarPhotos(split, train.train_transform(32), seed=1)
+    photos = train.CarPhotos(split, train.random_crop, 32, seed=1)
     torch.manual_seed(123)
     first = photos[3, 5][0]
     state = torch.get_rng_state()
@@ -206,7 +206,7 @@ def test_draws_depend_on_seed_epoch_and_photo_alone(cars):
     assert torch.equal(photos[3, 5][0], first)
     assert torch.equal(torch.get_rng_state(), state), "loading a photo changed the random state of the process"
     assert not torch.equal(photos[4, 5][0], first)
-    assert not torch.equal(train.CarPhotos(split, train.train_transform(32), seed=2)[3, 5][0], first)
+    assert not torch.equal(train.CarPhotos(split, train.random_crop, 32, seed=2)[3, 5][0], first)
 
 
 def test_each_epoch_has_every_photo_once_in_its_own_order():
@@ -226,7 +226,7 @@ def test_an_image_folder_gives_the_same_photos_and_classes(cars, tmp_path):
     found = train.load_cars(str(tmp_path))
     assert found["train"].features["label"].names == names
     assert np.bincount(found["train"]["label"]).tolist() == [2] * 8 and len(found["test"]) == 8
-    crop, label = train.CarPhotos(found["test"], train.test_transform(32))[0, 3]
+    crop, label = train.CarPhotos(found["test"], train.center_crop, 32)[0, 3]
     assert crop.shape == (32, 32, 3) and names[label] in found["test"][3]["image"]["path"]
 
 
@@ -281,7 +281,7 @@ def test_evaluation_counts_each_photo_once():
 
 
 def test_kept_test_batches_are_decoded_once(cars, monkeypatch):
-    photos = train.CarPhotos(train.load_cars(str(cars))["test"], train.test_transform(32))
+    photos = train.CarPhotos(train.load_cars(str(cars))["test"], train.center_crop, 32)
     loader = train.make_loader(photos, list(train.batch_keys(8, 3)), 0, CPU)
     kept, decoded, decode = train.KeptBatches(loader), [], train.decode_photo
     monkeypatch.setattr(train, "decode_photo", lambda encoded: decoded.append(1) or decode(encoded))
