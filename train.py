@@ -34,7 +34,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import datasets
@@ -238,19 +238,11 @@ def make_loader(photos: CarPhotos, keys: Iterable, workers: int, device: torch.d
     return DataLoader(photos, batch_sampler=keys, num_workers=workers, pin_memory=pin, worker_init_fn=start_worker)
 
 
-class KeptBatches:
-    """The batches of a loader, kept from the first whole pass on: test crops are the same in every epoch."""
-
-    def __init__(self, loader: DataLoader):
-        self.loader, self.batches = loader, None
-
-    def __iter__(self):
-        batches = [] if self.batches is None else self.batches
-        for batch in self.loader if self.batches is None else self.batches:
-            if self.batches is None:  # in shared memory, which is scarce, unless pinned
-                batches.append([part if part.is_pinned() else part.clone() for part in batch])
-            yield batch
-        self.batches = batches
+def keep_batches(batches: Iterable, kept: list) -> Iterator:
+    """Yield `batches`, and keep them in `kept`: test crops are the same in every epoch."""
+    for batch in batches:
+        kept.append([part if part.is_pinned() else part.clone() for part in batch])  # else in scarce shared memory
+        yield batch
 
 
 def free_memory() -> int:
@@ -635,11 +627,13 @@ def main(argv: list[str] | None = None):
     keys = batch_keys(train_count, args.batch_size, epochs, args.seed, rank, ranks)
     photos = CarPhotos(cars["train"], random_crop, args.resolution, args.seed)
     train_batches = iter(make_loader(photos, keys, args.workers, device))
-    keys = [keys for keys in batch_keys(test_count, args.batch_size, rank=rank, ranks=ranks) if keys]
-    test_batches = make_loader(CarPhotos(cars["test"], center_crop, args.resolution), keys, args.workers, device)
+    test_keys = [keys for keys in batch_keys(test_count, args.batch_size, rank=rank, ranks=ranks) if keys]
     crop_bytes = test_count * 3 * args.resolution**2 * LOCAL_RANKS // ranks  # on this machine
-    if keep := crop_bytes < free_memory() / 2:
-        test_batches = KeptBatches(test_batches)
+    keep, kept = crop_bytes < free_memory() / 2, []
+    photos = CarPhotos(cars["test"], center_crop, args.resolution)
+    # These workers start now, too: a fork in mid-run would make a large process copy each page that it then writes.
+    keys = test_keys * len(epochs[:1] if keep else epochs)
+    test_batches = iter(make_loader(photos, keys, args.workers, device))
 
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     if rank == 0:
@@ -670,7 +664,10 @@ output  {args.output_dir}{f", resumed after epoch {len(history)}" if history els
             if ranks > 1:
                 for buffer in model.buffers():  # each process has batch norm statistics of its own photos
                     dist.broadcast(buffer, 0)
-            test_loss, test_accuracy = evaluate(epoch, infer, test_batches, autocast, device)
+            batches = itertools.islice(test_batches, len(test_keys))
+            if keep:
+                batches = kept or keep_batches(test_batches, kept)
+            test_loss, test_accuracy = evaluate(epoch, infer, batches, autocast, device)
             row = dict(epoch=epoch, lr=scheduler.get_last_lr()[0], train_loss=train_loss, train_accuracy=train_accuracy)
             row |= dict(test_loss=test_loss, test_accuracy=test_accuracy, photos_per_second=rate, input_wait=waited)
             row |= dict(seconds=time.perf_counter() - start)

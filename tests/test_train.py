@@ -280,14 +280,17 @@ def test_evaluation_counts_each_photo_once():
     assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, torch.zeros(3, dtype=int)).item())
 
 
-def test_kept_test_batches_are_decoded_once(cars, monkeypatch):
-    photos = train.CarPhotos(train.load_cars(str(cars))["test"], train.center_crop, 32)
-    loader = train.make_loader(photos, list(train.batch_keys(8, 3)), 0, CPU)
-    kept, decoded, decode = train.KeptBatches(loader), [], train.decode_photo
-    monkeypatch.setattr(train, "decode_photo", lambda encoded: decoded.append(1) or decode(encoded))
-    first, second = list(kept), list(kept)
-    assert len(decoded) == 8 and [len(labels) for _, labels in second] == [3, 3, 2]
-    assert all(torch.equal(a, b) for x, y in zip(first, second, strict=True) for a, b in zip(x, y, strict=True))
+def test_test_photos_are_decoded_once_while_memory_allows(run_train, tmp_path, monkeypatch):
+    decode, tested = train.decode_photo, []
+    for free, decoded_in_two_epochs in ((10**9, 2 * 16 + 8), (0, 2 * 16 + 2 * 8)):
+        decoded = []
+        monkeypatch.setattr(train, "free_memory", lambda free=free: free)
+        monkeypatch.setattr(train, "decode_photo", lambda data, decoded=decoded: decoded.append(1) or decode(data))
+        status, out, err = run_train("--epochs", 2, "--output-dir", tmp_path / str(free), "--batch-size", 3)
+        assert status == 0 and ("kept in memory" if free else "decoded again each epoch") in out, err
+        assert len(decoded) == decoded_in_two_epochs
+        tested.append([(row["test_loss"], row["test_accuracy"]) for row in history(tmp_path / str(free))])
+    assert tested[0] == tested[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
