@@ -327,7 +327,7 @@ def main(argv: list[str] | None = None):
     cuda = device.type == "cuda"
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    torch.compiler.config.force_disable_caches = True  # a first step has all of its compilation in it
+    torch.compiler.config.force_disable_caches = args.compile  # a first step has all of its compilation in it
     cars = train.load_cars(args.dataset)
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     precision, sizes = str(train.pick_precision(device, amp=True))[6:], [len(photos) for photos in cars.values()]
