@@ -12,15 +12,32 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import datasets  # noqa: E402
 import pytest  # noqa: E402
+import torchvision.models.resnet  # noqa: E402
 from draw_cars import draw_cars  # noqa: E402
+from small import use_small_resnet  # noqa: E402
 
+use_small_resnet()
+import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 
 datasets.disable_progress_bars()
 
 
-def pytest_configure(config):  # ignores what train.py ignores
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests that are long by design")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: long by design; runs with --slow, or where CI=true")
     config.addinivalue_line("filterwarnings", "ignore:The image decoding and encoding:DeprecationWarning")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow") or os.environ.get("CI") == "true":
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))
 
 
 SMALL = "--weights none --resolution 33 --batch-size 8 --lr 0.01 --workers 0 --no-compile --no-amp".split()
@@ -32,6 +49,13 @@ def cars(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("cars")
     draw_cars(folder, train_per_class=2, test_per_class=1, width=80)
     return folder
+
+
+@pytest.fixture
+def real_network(monkeypatch):
+    """ResNet-50 itself, where the network is the point."""
+    for script in (train, evaluation):
+        monkeypatch.setattr(script, "resnet50", torchvision.models.resnet.resnet50)
 
 
 @pytest.fixture
@@ -77,13 +101,11 @@ def write_dataset(folder: Path, train_rows: list, test_rows: list, names: list[s
     return folder
 
 
-LEARN = "--weights none --resolution 64 --batch-size 16 --lr 0.004 --epochs 9 --step-size 5 --workers 1".split()
-
-
 @pytest.fixture(scope="session")
-def learned(tmp_path_factory) -> tuple[Path, Path]:
-    """The drawn data set of draw_cars.py's defaults, and the folder of a run that was trained on it from scratch."""
-    cars, run = tmp_path_factory.mktemp("drawn_cars"), tmp_path_factory.mktemp("drawn_run")
-    draw_cars(cars)
-    assert train.run_command(lambda: train.main(["--dataset", str(cars), *LEARN, "--output-dir", str(run)])) == 0
+def trained(tmp_path_factory) -> tuple[Path, Path]:
+    """A drawn data set of 96 + 32 photos, and the folder of a short run of the small network on it."""
+    cars, run = tmp_path_factory.mktemp("trained_cars"), tmp_path_factory.mktemp("trained_run")
+    draw_cars(cars, train_per_class=12, test_per_class=4)
+    flags = "--weights none --resolution 64 --batch-size 16 --lr 0.01 --epochs 4 --workers 0".split()
+    assert train.run_command(lambda: train.main(["--dataset", str(cars), *flags, "--output-dir", str(run)])) == 0
     return cars, run

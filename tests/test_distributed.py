@@ -15,8 +15,13 @@ import train
 # Runs train.py and writes, for each rank, the rows that it loaded and its final weights.
 SPY = """
 import json, os, sys
-sys.path.insert(0, {root!r})
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import small
+small.use_small_resnet()
 import torch, train
+if {still!r}:
+    import test_distributed
+    torch.nn.BatchNorm2d.forward = test_distributed.still_batch_norm
 rank, loaded, load, build = os.environ["RANK"], [], train.CarPhotos.__getitem__, train.build_model
 def spy(self, key):
     loaded.append((str(self.photos.split), *key))
@@ -40,8 +45,8 @@ sys.exit(status)
 def torchrun(cars, tmp_path):
     """Run SPY on `processes` processes; returns what subprocess.run returns."""
 
-    def run(processes: int, *flags: object, dies: bool = False, restarts: int = 0) -> subprocess.CompletedProcess:
-        names = dict(root=str(ROOT), folder=str(tmp_path), dies=dies, marker=str(tmp_path / "died"))
+    def run(processes: int, *flags: object, dies=False, still=False, restarts: int = 0) -> subprocess.CompletedProcess:
+        names = dict(root=str(ROOT), folder=str(tmp_path), dies=dies, still=still, marker=str(tmp_path / "died"))
         (tmp_path / "spy.py").write_text(SPY.format(**names))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command += [f"--max-restarts={restarts}", str(tmp_path / "spy.py"), "--dataset", str(cars), *SMALL]
@@ -53,21 +58,57 @@ def torchrun(cars, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_weights_are_equal_and_each_photo_counts_once(torchrun, tmp_path, processes):
-    done = torchrun(processes, "--batch-size", 6, "--epochs", 2, "--output-dir", tmp_path / "run")
+def still_batch_norm(layer, images):
+    return images * layer.weight[:, None, None] + layer.bias[:, None, None]
+
+
+def weights(path) -> dict[str, torch.Tensor]:
+    state = torch.load(path, weights_only=True)
+    return state.get("model", state)
+
+
+def check_ranks(folder, processes: int, epochs: int):
+    """That all ranks have the weights that were saved, and that each photo was used once an epoch."""
+    last = weights(folder / "run/last_checkpoint.pth")
+    for rank in range(processes):
+        state = weights(folder / f"rank{rank}.pth")
+        assert all(torch.equal(value, state[name]) for name, value in last.items())
+    loaded = [tuple(item) for r in range(processes) for item in json.loads((folder / f"rank{r}.json").read_text())]
+    train_rows = [("train", epoch, row) for epoch in range(1, epochs + 1) for row in range(16)]
+    assert sorted(loaded) == sorted(train_rows + [("test", 0, row) for row in range(8)])
+    assert len(list((folder / "run").iterdir())) == 4
+
+
+def test_three_processes_train_the_weights_that_one_trains(torchrun, run_train, tmp_path, monkeypatch):
+    # Batch norm sees a process's own photos, so it is held still here; without it the steps have to be tiny.
+    # Of the last batch of four photos the processes have two, one and one.
+    flags = ["--batch-size", 6, "--epochs", 1, "--lr", 1e-6]
+    done = torchrun(3, *flags, "--output-dir", tmp_path / "run", still=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("best test accuracy") == 1 and f"{processes} × CPU" in done.stdout
-    states = [torch.load(tmp_path / f"rank{rank}.pth", weights_only=True) for rank in range(processes)]
-    last = torch.load(tmp_path / "run/last_checkpoint.pth", weights_only=True)["model"]
-    for name, value in last.items():
-        assert all(torch.equal(value, state[name]) for state in states), name
-    loaded = [tuple(item) for r in range(processes) for item in json.loads((tmp_path / f"rank{r}.json").read_text())]
-    expected = [("train", epoch, row) for epoch in (1, 2) for row in range(16)] + [("test", 0, row) for row in range(8)]
-    assert sorted(loaded) == sorted(expected)
-    assert len(list((tmp_path / "run").iterdir())) == 4
+    assert done.stdout.count("best test accuracy") == 1 and "3 × CPU" in done.stdout
+    check_ranks(tmp_path, processes=3, epochs=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.BatchNorm2d, "forward", still_batch_norm)
+        status, _, err = run_train(*flags, "--output-dir", tmp_path / "one")
+    assert status == 0, err
+    one, three = (weights(tmp_path / run / "last_checkpoint.pth") for run in ("one", "run"))
+    torch.manual_seed(0)
+    start = train.build_model("none", 8).state_dict()
+    step, difference = (
+        torch.cat([(state[name] - other[name]).float().flatten() for name in start]).norm()
+        for state, other in ((one, start), (one, three))
+    )
+    assert difference < 0.01 * step
 
 
+@pytest.mark.slow
+def test_each_photo_counts_once_in_every_epoch_of_two_processes(torchrun, tmp_path):
+    done = torchrun(2, "--batch-size", 6, "--epochs", 2, "--output-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    check_ranks(tmp_path, processes=2, epochs=2)
+
+
+@pytest.mark.slow
 def test_runs_resume_across_process_counts(torchrun, run_train, tmp_path):
     flags = ["--batch-size", 6, "--output-dir", tmp_path / "run"]
     assert torchrun(2, *flags, "--epochs", 1).returncode == 0
@@ -79,27 +120,13 @@ def test_runs_resume_across_process_counts(torchrun, run_train, tmp_path):
     assert [row["epoch"] for row in checkpoint["history"]] == [1, 2, 3]
 
 
-def test_a_mean_over_processes_is_the_mean_over_photos(torchrun, run_train, tmp_path):
-    # Evaluation has no batch norm statistics of its own, so the same weights give the same figures.
-    flags = ["--batch-size", 6, "--epochs", 1, "--lr", 1e-9]
-    assert run_train(*flags, "--output-dir", tmp_path / "one")[0] == 0
-    state = {"model": torch.load(tmp_path / "one/best_model.pth", weights_only=True)["model"]}
-    torch.save(state, tmp_path / "weights.pth")
-    one, three = tmp_path / "from_one", tmp_path / "from_three"
-    flags += ["--weights", tmp_path / "weights.pth"]
-    assert run_train(*flags, "--output-dir", one)[0] == 0
-    assert torchrun(3, *flags, "--output-dir", three).returncode == 0
-    rows = [torch.load(folder / "last_checkpoint.pth", weights_only=True)["history"][0] for folder in (one, three)]
-    assert rows[0]["test_accuracy"] == rows[1]["test_accuracy"]
-    assert rows[0]["train_loss"] == pytest.approx(rows[1]["train_loss"], rel=0.3)
-
-
 def test_a_batch_that_does_not_divide_is_refused(torchrun, tmp_path):
-    done = torchrun(3, "--batch-size", 8, "--epochs", 1, "--output-dir", tmp_path / "run")
-    assert done.returncode != 0 and "a multiple of the 3 processes" in done.stderr
+    done = torchrun(2, "--batch-size", 7, "--epochs", 1, "--output-dir", tmp_path / "run")
+    assert done.returncode != 0 and "a multiple of the 2 processes" in done.stderr
     assert not list((tmp_path / "run").iterdir())
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_takes_the_others_down_and_a_restart_goes_on(torchrun, tmp_path):
     flags = ["--batch-size", 8, "--epochs", 4, "--output-dir", tmp_path / "run"]
     start = time.perf_counter()

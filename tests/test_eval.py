@@ -1,12 +1,12 @@
 """eval.py: its figures against scikit-learn, PIL and pytorch_grad_cam, its report, its pictures and its refusals."""
 
+import contextlib
 import functools
+import io
 import json
 import math
 import os
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,7 +17,8 @@ from PIL import Image
 from pytorch_grad_cam import GradCAM
 from sklearn.metrics import confusion_matrix
 from torchvision import transforms
-from torchvision.models import resnet18, resnet50
+from torchvision.models import resnet50
+from torchvision.models.resnet import resnet18
 
 import eval as evaluation
 import train
@@ -42,17 +43,17 @@ def run_eval(capfd):
 
 
 @pytest.fixture(scope="module")
-def model(learned):
+def model(trained):
     network = resnet50(num_classes=8)
-    network.load_state_dict(torch.load(learned[1] / "best_model.pth", weights_only=True)["model"])
+    network.load_state_dict(torch.load(trained[1] / "best_model.pth", weights_only=True)["model"])
     return network.eval()
 
 
 @pytest.fixture(scope="module")
-def plain_logits(learned, model):
-    """Of each test photo, the logits of the six views by PIL, one forward pass each: (80, 6, 8); and the labels."""
+def plain_logits(trained, model):
+    """Of each test photo, the logits of the six views by PIL, one forward pass each: (32, 6, 8); and the labels."""
     logits, labels = [], []
-    photos = train.load_cars(str(learned[0]))["test"].cast_column("image", train.datasets.Image())
+    photos = train.load_cars(str(trained[0]))["test"].cast_column("image", train.datasets.Image())
     with torch.no_grad():
         for item in photos:
             views = []
@@ -66,13 +67,13 @@ def plain_logits(learned, model):
 
 
 @pytest.fixture(scope="module")
-def report(learned, tmp_path_factory):
-    """Folder, output and metrics of `eval.py --tta --num-gradcam 4` on the learned checkpoint, as a user runs it."""
-    folder = tmp_path_factory.mktemp("report")
-    flags = ["--checkpoint", learned[1] / "best_model.pth", "--tta", "--num-gradcam", 4, "--no-amp", "--workers", 1]
-    command = [sys.executable, evaluation.__file__, *map(str, flags), "--output-dir", str(folder)]
-    out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return folder, out, json.loads((folder / "metrics.json").read_text())
+def report(trained, tmp_path_factory):
+    """Folder, output and metrics of `eval.py --tta --num-gradcam 4` on the trained checkpoint."""
+    folder, out = tmp_path_factory.mktemp("report"), io.StringIO()
+    flags = ["--checkpoint", trained[1] / "best_model.pth", "--tta", "--num-gradcam", 4, "--no-amp", "--workers", 1]
+    with contextlib.redirect_stdout(out):
+        evaluation.main([*map(str, flags), "--output-dir", str(folder)])
+    return folder, out.getvalue(), json.loads((folder / "metrics.json").read_text())
 
 
 # ---------------------------------------------------------------- right
@@ -82,24 +83,24 @@ def test_metrics_equal_scikit_learns(report, plain_logits):
     folder, out, metrics = report
     logits, labels = plain_logits
     expected = confusion_matrix(labels, logits[:, 0].argmax(1), labels=range(8))
-    assert metrics["test"]["correct"] == expected.trace() and metrics["test"]["total"] == 80
+    assert metrics["test"]["correct"] == expected.trace() and metrics["test"]["total"] == 32
     assert [row["correct"] for row in metrics["per_class"]] == expected.diagonal().tolist()
-    assert [row["total"] for row in metrics["per_class"]] == [10] * 8
+    assert [row["total"] for row in metrics["per_class"]] == [4] * 8
     names = [row["name"] for row in metrics["per_class"]]
     pairs = {(names.index(pair["true"]), names.index(pair["predicted"])): pair for pair in metrics["confused_pairs"]}
     np.fill_diagonal(expected, 0)
-    assert all(expected[pair] == found["count"] == round(10 * found["share"]) for pair, found in pairs.items())
+    assert all(expected[pair] == found["count"] == round(4 * found["share"]) for pair, found in pairs.items())
     counts = [pair["count"] for pair in metrics["confused_pairs"]]
     assert counts == sorted(expected.ravel().tolist(), reverse=True)[: len(counts)]
     tta = confusion_matrix(labels, logits.mean(1).argmax(1), labels=range(8))
     assert metrics["tta"]["correct"] == tta.trace()
-    assert metrics["top5"]["correct"] == sum(labels[i] in logits[i, 0].topk(5).indices for i in range(80))
+    assert metrics["top5"]["correct"] == sum(labels[i] in logits[i, 0].topk(5).indices for i in range(32))
 
 
-def test_views_give_the_logits_of_six_pil_transforms(learned, model, plain_logits):
+def test_views_give_the_logits_of_six_pil_transforms(trained, model, plain_logits):
     crop_views = functools.partial(evaluation.crop_views, tta=True)
-    photos = train.CarPhotos(train.load_cars(str(learned[0]))["test"], crop_views, 64)
-    views = torch.stack([photos[0, row][0] for row in range(80)])
+    photos = train.CarPhotos(train.load_cars(str(trained[0]))["test"], crop_views, 64)
+    views = torch.stack([photos[0, row][0] for row in range(32)])
     single, mean = evaluation.predict(model, views, FP32)
     for ours, theirs in ((single, plain_logits[0][:, 0]), (mean, plain_logits[0].mean(1))):
         assert (ours - theirs).norm() < 2e-3 * theirs.norm()
@@ -121,8 +122,8 @@ def test_the_interval_is_wilsons(correct, total):
         assert evaluation.say(found) == "91.78 % (7380/8041, 95 % CI 91.16–92.36)"
 
 
-def test_maps_equal_pytorch_grad_cam_on_one_photo(learned, model):
-    photos = train.CarPhotos(train.load_cars(str(learned[0]))["test"], train.center_crop, 64)
+def test_maps_equal_pytorch_grad_cam_on_one_photo(trained, model):
+    photos = train.CarPhotos(train.load_cars(str(trained[0]))["test"], train.center_crop, 64)
     crops = torch.stack([photos[0, row][0] for row in range(5)])
     maps = evaluation.grad_cam(model, crops, [0, 1, 2, 3, 4], batch_size=2)
     with GradCAM(model, [model.layer4[-1]]) as cam:
@@ -136,25 +137,25 @@ def test_maps_equal_pytorch_grad_cam_on_one_photo(learned, model):
 # ---------------------------------------------------------------- the report
 
 
-def test_the_report_is_complete_and_in_order(report, learned):
+def test_the_report_is_complete_and_in_order(report, trained):
     folder, out, metrics = report
-    parts = ["checkpoint", "64 px", "80 photos", "test accuracy", "95 % CI", "top-5 accuracy", "accuracy per class"]
+    parts = ["checkpoint", "64 px", "32 photos", "test accuracy", "95 % CI", "top-5 accuracy", "accuracy per class"]
     parts += ["ten worst classes", "ten best classes", "six views", "points to the single view"]
     parts += ["ten worst classes of the single view", "ten worst classes of the six views", "most confused pairs"]
     parts += ["confusion_matrix.png", "gradcam_samples.png", "gradcam_worst.png", "metrics.json"]
     places = [out.index(part) for part in parts]
     assert places == sorted(places)
-    assert f"{metrics['test']['correct']}/80" in out
+    assert f"{metrics['test']['correct']}/32" in out
     gain = 100 * (metrics["tta"]["accuracy"] - metrics["test"]["accuracy"])
     assert f"{gain:+.2f} points" in out
     assert (
-        metrics["settings"]["dataset"] == str(learned[0])
+        metrics["settings"]["dataset"] == str(trained[0])
         and metrics["versions"]["torch"] == torch.__version__.split("+")[0]
     )
 
 
-def test_a_training_run_and_its_evaluation_agree(report, learned):
-    best = torch.load(learned[1] / "best_model.pth", weights_only=True)
+def test_a_training_run_and_its_evaluation_agree(report, trained):
+    best = torch.load(trained[1] / "best_model.pth", weights_only=True)
     assert report[2]["test"]["accuracy"] == pytest.approx(best["test_accuracy"])
 
 

@@ -1,30 +1,23 @@
 """Nothing is lost: kills at any moment, signals, a full disk, a worker that dies, hostile photos and checkpoints."""
 
-import io
 import multiprocessing
 import os
 import random
 import signal
-import struct
 import subprocess
 import sys
 import time
-import zlib
 
 import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import ROOT, SMALL, encode, write_dataset
+from conftest import ROOT, SMALL, write_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from test_train import assert_same_run, history, jpeg, load
-from torchvision.models import resnet50
 
 import train
-
-KILLS, EPOCHS = 20, 24
 
 
 def run_quietly(argv: list[str]):
@@ -33,13 +26,14 @@ def run_quietly(argv: list[str]):
     sys.exit(train.run_command(lambda: train.main(argv)))
 
 
-def test_twenty_kills_lose_nothing(cars, tmp_path):
+@pytest.mark.parametrize("kills, epochs", [(3, 8), pytest.param(20, 24, marks=pytest.mark.slow)])
+def test_kills_lose_nothing(cars, tmp_path, kills, epochs):
     context = multiprocessing.get_context("forkserver")  # imports once, where a new interpreter would take seconds
-    context.set_forkserver_preload(["test_faults"])
+    context.set_forkserver_preload(["test_faults"])  # and with it conftest, which puts the small network in place
     draw = random.Random(0)
 
     def start(folder, *flags):
-        argv = ["--dataset", str(cars), *SMALL, "--epochs", str(EPOCHS), "--output-dir", str(folder), *flags]
+        argv = ["--dataset", str(cars), *SMALL, "--epochs", str(epochs), "--output-dir", str(folder), *flags]
         process = context.Process(target=run_quietly, args=(argv,))
         process.start()
         return process
@@ -47,10 +41,10 @@ def test_twenty_kills_lose_nothing(cars, tmp_path):
     unbroken = start(tmp_path / "unbroken")
     unbroken.join()
     assert unbroken.exitcode == 0
-    seconds = sum(row["seconds"] for row in history(tmp_path / "unbroken")) / EPOCHS
+    seconds = sum(row["seconds"] for row in history(tmp_path / "unbroken")) / epochs
 
     folder, while_writing, killed = tmp_path / "killed", 0, 0
-    while killed < KILLS:
+    while killed < kills:
         process = start(folder, "--resume")
         if killed % 4 == 0:  # a moment at which a file is being written
             while process.is_alive() and not list(folder.glob(".partial-*.pth")):
@@ -66,9 +60,9 @@ def test_twenty_kills_lose_nothing(cars, tmp_path):
             if (folder / name).exists():
                 train.read_checkpoint(folder / name)
         if (folder / "history.csv").exists():
-            epochs = [row["epoch"] for row in history(folder)]
-            assert epochs == list(range(1, len(epochs) + 1))
-    assert while_writing >= KILLS // 4
+            finished = [row["epoch"] for row in history(folder)]
+            assert finished == list(range(1, len(finished) + 1))
+    assert while_writing >= kills // 4
     last = start(folder, "--resume")
     last.join()
     assert last.exitcode == 0
@@ -81,8 +75,8 @@ def test_twenty_kills_lose_nothing(cars, tmp_path):
 
 def start_script(cars, folder, *flags) -> subprocess.Popen:
     """Start a long run of train.py as a user does, and wait for its first epoch."""
-    command = [sys.executable, str(ROOT / "train.py"), "--dataset", str(cars), *SMALL, "--epochs", "500", *flags]
-    command += ["--output-dir", str(folder)]
+    command = [sys.executable, str(ROOT / "tests/small.py"), str(ROOT / "train.py"), "--dataset", str(cars), *SMALL]
+    command += ["--epochs", "500", *flags, "--output-dir", str(folder)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not process.stdout.readline().startswith("epoch 1/500"):
         assert process.poll() is None, process.stderr.read()
@@ -103,89 +97,6 @@ def test_a_worker_that_dies_is_said_in_one_line(cars, tmp_path):
     os.kill(int(children[0]), signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and err.count("\n") == 1 and "worker" in err, err
-
-
-# ---------------------------------------------------------------- photos
-
-
-def one_colour_png(width: int, height: int, rows: int) -> bytes:
-    """A small PNG file that claims width × height pixels and holds so many rows of them."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    packer = zlib.compressobj(9)
-    pixels = b"".join(packer.compress(b"\0" + b"\x80\x40\x20" * width) for _ in range(rows)) + packer.flush()
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-
-
-def animated(kind: str) -> bytes:
-    frames = [Image.new("RGB", (50, 40), color) for color in ("red", "blue")]
-    file = io.BytesIO()
-    frames[0].save(file, kind, save_all=True, append_images=frames[1:])
-    return file.getvalue()
-
-
-SIXTEEN = Image.fromarray(np.full((40, 50), 40000, np.uint16))
-REFUSED = {
-    "empty": lambda: b"",
-    "cut off": lambda: jpeg(0, 600, 400)[:3000],
-    "text": lambda: b"a text named .jpg",
-    "1 x 5000": lambda: encode(Image.new("RGB", (1, 5000))),
-    "bomb of 400 million pixels": lambda: one_colour_png(20000, 20000, 1),
-}
-TAKEN = {
-    "1 x 1": (lambda: encode(Image.new("RGB", (1, 1), "red")), (254, 0, 0)),
-    "8000 x 8000": (lambda: one_colour_png(8000, 8000, 8000), (128, 64, 32)),
-    "greyscale": (lambda: encode(Image.new("L", (50, 40), 77)), (77, 77, 77)),
-    "CMYK": (lambda: encode(Image.new("CMYK", (50, 40), (0, 255, 255, 0)), quality=95), (254, 0, 0)),
-    "palette with alpha": (
-        lambda: encode(Image.new("RGBA", (50, 40), (200, 10, 10, 99)).quantize(4), format="PNG"),
-        (200, 10, 10),
-    ),
-    "16-bit PNG": (lambda: encode(SIXTEEN, format="PNG"), (156, 156, 156)),
-    "animated GIF": (lambda: animated("GIF"), (255, 0, 0)),
-    "animated WebP": (lambda: animated("WEBP"), (254, 0, 0)),
-    "BMP": (lambda: encode(Image.new("RGB", (50, 40), "red"), format="BMP"), (255, 0, 0)),
-    "TIFF": (lambda: encode(Image.new("RGB", (50, 40), "red"), format="TIFF"), (255, 0, 0)),
-}
-
-
-@pytest.mark.parametrize("kind", TAKEN)
-def test_odd_photos_are_taken(kind, tmp_path):
-    make, color = TAKEN[kind]
-    folder = write_dataset(tmp_path, [(make(), 0)], [(make(), 0)], ["a", "b"])
-    cars = train.load_cars(str(folder))
-    crop, label = train.CarPhotos(cars["train"], train.random_crop, 64)[1, 0]
-    assert crop.shape == (64, 64, 3) and label == 0
-    crop, _ = train.CarPhotos(cars["test"], train.center_crop, 64)[0, 0]
-    assert (crop.float().mean((0, 1)) - torch.tensor(color)).abs().max() < 6
-
-
-@pytest.mark.parametrize("kind", REFUSED)
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_what_is_no_photo_is_named(kind, tmp_path):
-    rows = [(jpeg(0), 0), (REFUSED[kind](), 0)]
-    cars = train.load_cars(str(write_dataset(tmp_path, rows, rows, ["a", "b"])))
-    photos = train.CarPhotos(cars["test"], train.center_crop, 64)
-    photos[0, 0]
-    with pytest.raises(train.InputError, match="the test photo in row 1 cannot be decoded"):
-        photos[0, 1]
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_all_exif_orientations_come_out_upright(orientation):
-    photo = Image.new("RGB", (48, 32), (220, 30, 30))
-    photo.paste((30, 30, 220), (0, 0, 24, 16))
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    for options in ({"format": "JPEG", "quality": 95}, {"format": "PNG"}):
-        encoded = encode(photo, exif=exif.tobytes(), **options)
-        with Image.open(io.BytesIO(encoded)) as stored:
-            expected = np.asarray(train.ImageOps.exif_transpose(stored).convert("RGB")).transpose(2, 0, 1)
-        found = train.decode_photo(encoded).numpy()
-        assert found.shape == expected.shape and np.abs(found.astype(int) - expected).max() <= 2
 
 
 # ---------------------------------------------------------------- labels, sizes, numbers
@@ -243,7 +154,7 @@ def test_any_number_is_taken_or_refused(flag, value):
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
     path = tmp_path_factory.mktemp("good") / "good.pth"
-    torch.save(resnet50(num_classes=8).state_dict(), path)
+    torch.save(train.resnet50(num_classes=8).state_dict(), path)
     return path
 
 
@@ -271,12 +182,13 @@ def test_a_tensor_larger_than_its_file_is_refused(tmp_path):
 
 
 def test_a_thousand_classes_start_a_run_with_a_new_fc(run_train, tmp_path):
-    torch.save(resnet50().state_dict(), tmp_path / "imagenet.pth")
+    torch.save(train.resnet50().state_dict(), tmp_path / "imagenet.pth")
     flags = ["--weights", tmp_path / "imagenet.pth", "--epochs", 1, "--output-dir", tmp_path / "run"]
     assert run_train(*flags)[0] == 0
     assert load(tmp_path / "run/best_model.pth")["model"]["fc.bias"].shape == (8,)
 
 
+@pytest.mark.slow
 def test_no_deprecation_is_left_on_the_main_paths(cars, tmp_path):
     flags = ["--dataset", str(cars), *SMALL, "--epochs", "1", "--output-dir", str(tmp_path)]
     noise = ["-W", "error", "-W", "ignore::ImportWarning", "-W", "ignore::ResourceWarning"]

