@@ -1,21 +1,29 @@
-"""Evaluate a checkpoint of train.py: per-class accuracy, confused pairs, six-view TTA and GradCAM.
+"""Evaluate a checkpoint of train.py: per-class accuracy, confused pairs, six-view TTA, GradCAM.
 
-    python eval.py                                  # best_model.pth on the test split it was chosen on
-    python eval.py --tta --num-gradcam 32           # also the average of six views; more GradCAM photos
-    python eval.py --images car.jpg truck.png       # the five likeliest classes of your own photos
+    python eval.py                              # best_model.pth on the test split it was chosen on
+    python eval.py --tta --num-gradcam 32       # also the average of six views; more GradCAM photos
+    python eval.py --images car.jpg truck.png   # the five likeliest classes of your own photos
 
-On the reference's 448 px model: 91.78 %, with TTA 91.93 %; on its 224 px model: 89.38 %, with TTA 90.32 %.
+On the reference's 448 px model: 91.78 %, with TTA 91.93 %; on its 224 px model: 89.38 %, 90.32 %.
 """
 
 import argparse
 import functools
 import json
+import os
 import platform
-import sys
+import signal
 import textwrap
-from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
+
+# Set before matplotlib is imported: no window is opened, and a notebook's backend may be missing.
+os.environ["MPLBACKEND"] = "agg"
+if __name__ == "__main__":
+    # Ctrl-C ends the process at once; as an exception, it can be lost or draw tracebacks.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import sys
 
 import numpy as np
 import torch
@@ -28,311 +36,402 @@ from torchvision.models import resnet50
 from tqdm import tqdm
 
 import train
-from train import CarPhotos, InputError, normalize, percent, whole_file
+from train import CarPhotos, InputError, normalize, number, whole_file
+
+# ---------------------------------------------------------------- model
+
+
+def load_model(args: argparse.Namespace, checkpoint: dict) -> tuple:
+    """The ResNet-50 of `checkpoint`, on the GPU if there is one; and autocast for it."""
+    device = train.start_process()
+    precision = train.pick_precision(device, args.amp)
+    autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
+    model = resnet50(num_classes=len(checkpoint["model"]["fc.bias"]))
+    model.load_state_dict(checkpoint["model"])
+    model.to(device, memory_format=torch.channels_last).eval()
+    # GradCAM takes gradients at the last block: through the rest, they would keep all activations.
+    model.requires_grad_(False)
+    model.layer4[-1].requires_grad_(True)
+    print(f"device      {device.type}, {precision}")
+    return model, autocast
 
 
 def crop_views(photo: torch.Tensor, resolution: int, tta: bool) -> torch.Tensor:
-    """A photo's centre crops: (3, H, W) uint8 to (V, 3, R, R) uint8.
+    """Centre crops of a (3, H, W) uint8 photo: (V, R, R, 3) uint8.
 
-    The first is the view that training is tested on (shorter side int(R·256/224)); with `tta`, one of shorter side R
-    and one of int(R·288/224) follow.
+    The first is the view that training is tested on (shorter side int(R·256/224)); with `tta`,
+    one of shorter side R and one of int(R·288/224) follow.
     """
     sides = (256, 224, 288) if tta else (256,)
-    views = [train.center_crop(photo, resolution, side).movedim(-3, -1) for side in sides]
-    return torch.stack(views).movedim(-1, -3)  # laid out with the channels last
+    return torch.stack([train.center_crop(photo, resolution, side) for side in sides])
 
 
 @torch.no_grad()
-def predict(model: torch.nn.Module, views: torch.Tensor, autocast) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of (B, V, R, R, 3) uint8 views: of the first one, and the mean of all and of their mirror images.
+def predict(model, views: torch.Tensor, autocast) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of (B, V, R, R, 3) uint8 views: of the first, and the mean of all and their mirrors.
 
     Both are (B, classes) float32 on the CPU. With one view (no TTA), the second is the first.
     """
-    views = views.to(next(model.parameters()).device, non_blocking=True)
-    crops = list(views.unbind(1))
+    device = next(model.parameters()).device
+    crops = list(views.to(device, non_blocking=True).unbind(1))
     if len(crops) > 1:
-        crops += [crop.flip(-2) for crop in crops]
+        crops.extend([crop.flip(-2) for crop in crops])
     with autocast:
-        logits = torch.stack([model(normalize(crop, views.device)).float() for crop in crops])
+        logits = torch.stack([model(normalize(crop, device)).float() for crop in crops])
     return logits[0].cpu(), logits.mean(0).cpu()
 
 
-def predict_all(model, batches: Iterable, count: int, autocast) -> tuple[torch.Tensor, torch.Tensor]:
-    """`predict` for all of `batches` of views and labels, with a progress bar of `count` batches."""
-    logits = [predict(model, views, autocast) for views, _ in tqdm(batches, "test", count, leave=False, disable=None)]
-    return torch.cat([single for single, _ in logits]), torch.cat([mean for _, mean in logits])
+def predict_all(model, cars: CarPhotos, args, autocast) -> tuple[torch.Tensor, torch.Tensor]:
+    """`predict` for all photos; raises InputError where logits are not finite."""
+    batches = train.split_into_batches(range(len(cars.photos)), args.batch_size)
+    pin = next(model.parameters()).is_cuda
+    loader = train.make_loader(cars, batches, args.workers, pin)
+    bar = tqdm(loader, "test", len(batches), leave=False, disable=None)
+    logits = [predict(model, views, autocast) for views, _ in bar]
+    single = torch.cat([first for first, _ in logits])
+    mean = torch.cat([average for _, average in logits])
+    if not (single.isfinite().all() and mean.isfinite().all()):
+        raise InputError(f"{args.checkpoint} gives logits that are not finite: it is damaged")
+    return single, mean
 
 
-def grad_cam(model: torch.nn.Module, crops: torch.Tensor, classes: list[int], batch_size: int) -> np.ndarray:
-    """GradCAM maps at layer4[-1] of (N, R, R, 3) uint8 crops for the given classes: (N, R, R) float32 in 0…1."""
-    device, maps = next(model.parameters()).device, []
-    with GradCAM(model, [model.layer4[-1]]) as cam:  # its hooks go with it
+def grad_cam(model, crops: torch.Tensor, classes: list[int], batch_size: int) -> np.ndarray:
+    """GradCAM maps of (N, R, R, 3) uint8 crops for `classes`, at layer4[-1]: (N, R, R) in 0…1."""
+    device = next(model.parameters()).device
+    maps = []
+    with GradCAM(model, [model.layer4[-1]]) as cam:
         for start in range(0, len(crops), batch_size):
-            part = slice(start, start + batch_size)
-            targets = [ClassifierOutputTarget(target) for target in classes[part]]
-            maps.append(cam(normalize(crops[part], device), targets))
-    model.zero_grad()
+            batch = slice(start, start + batch_size)
+            targets = [ClassifierOutputTarget(int(index)) for index in classes[batch]]
+            maps.append(cam(normalize(crops[batch], device), targets))
     return np.concatenate(maps)
+
+
+# ---------------------------------------------------------------- report
+
+
+def accuracy(correct: int, total: int) -> dict:
+    """Accuracy (0…1) with the bounds of its 95 % Wilson score interval, of at least one photo."""
+    low, high = binomtest(correct, total).proportion_ci(0.95, "wilson")
+    return {
+        "accuracy": correct / total,
+        "correct": correct,
+        "total": total,
+        "low": float(low),
+        "high": float(high),
+    }
+
+
+def with_interval(measured: dict) -> str:
+    counts = f"{measured['correct']}/{measured['total']}"
+    interval = f"95 % CI {100 * measured['low']:.2f}–{100 * measured['high']:.2f}"
+    return f"{100 * measured['accuracy']:.2f} % ({counts}, {interval})"
+
+
+def count_confusion(logits: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
+    """(classes, classes) counts: rows are the true classes, columns the predicted ones."""
+    classes = logits.shape[1]
+    pairs = labels * classes + logits.argmax(1)
+    return pairs.bincount(minlength=classes**2).view(classes, classes).numpy()
+
+
+def class_accuracies(confusion: np.ndarray, classes: list[str]) -> list[dict]:
+    """Accuracy (0…1) of each class; None for a class without a test photo."""
+    rows = []
+    for index, name in enumerate(classes):
+        correct = int(confusion[index, index])
+        total = int(confusion[index].sum())
+        share = correct / total if total else None
+        row = {"index": index, "name": name, "accuracy": share, "correct": correct, "total": total}
+        rows.append(row)
+    return rows
+
+
+def worst_first(class_rows: list[dict]) -> list[dict]:
+    tested = [row for row in class_rows if row["total"]]
+    return sorted(tested, key=lambda row: row["accuracy"])
+
+
+def confused_pairs(confusion: np.ndarray, classes: list[str], most: int = 10) -> list[dict]:
+    """The most frequent errors: true and predicted class, count, share (0…1) of the true class."""
+    errors = confusion - np.diag(confusion.diagonal())
+    pairs = []
+    for place in np.argsort(-errors, axis=None, kind="stable")[:most]:
+        true, predicted = np.unravel_index(place, errors.shape)
+        count = int(errors[true, predicted])
+        if count == 0:
+            break
+        share = count / int(confusion[true].sum())
+        pair = {"true": classes[true], "predicted": classes[predicted]}
+        pairs.append({**pair, "count": count, "share": share})
+    return pairs
+
+
+def print_classes(title: str, class_rows: list[dict]):
+    print(f"\n{title}")
+    width = max(len(row["name"]) for row in class_rows)
+    for row in class_rows:
+        share = f"{row['accuracy']:.2%}" if row["total"] else "no photo"
+        counts = f"{row['correct']}/{row['total']}"
+        print(f"{row['index']:>4}  {row['name']:<{width}}  {share:>8}  {counts}")
+
+
+def report(single: torch.Tensor, mean: torch.Tensor, labels: torch.Tensor, classes, tta) -> dict:
+    """Print and return what the (N, classes) logits are worth, beside the (N,) int64 labels."""
+    confusion = count_confusion(single, labels)
+    class_rows = class_accuracies(confusion, classes)
+    in_top5 = single.topk(min(5, len(classes))).indices == labels[:, None]
+    metrics = {
+        "test": accuracy(int(confusion.trace()), len(labels)),
+        "top5": accuracy(int(in_top5.sum()), len(labels)),
+        "per_class": class_rows,
+        "confused_pairs": confused_pairs(confusion, classes),
+    }
+    print(f"\ntest accuracy   {with_interval(metrics['test'])}")
+    print(f"top-5 accuracy  {with_interval(metrics['top5'])}")
+    print_classes("accuracy per class", class_rows)
+    print_classes("ten worst classes", worst_first(class_rows)[:10])
+    print_classes("ten best classes", worst_first(class_rows)[:-11:-1])
+    if tta:
+        tta_confusion = count_confusion(mean, labels)
+        tta_rows = class_accuracies(tta_confusion, classes)
+        metrics["tta"] = accuracy(int(tta_confusion.trace()), len(labels))
+        metrics["tta"]["per_class"] = tta_rows
+        gain = 100 * (metrics["tta"]["accuracy"] - metrics["test"]["accuracy"])
+        print(f"\nsix views       {with_interval(metrics['tta'])}", end="")
+        print(f", {gain:+.2f} points to the single view")
+        print_classes("ten worst classes of the single view", worst_first(class_rows)[:10])
+        print_classes("ten worst classes of the six views", worst_first(tta_rows)[:10])
+    print("\nmost confused pairs: true → predicted, count, share of the true class")
+    for pair in metrics["confused_pairs"]:
+        names = f"{pair['true']} → {pair['predicted']}"
+        print(f"{pair['count']:>4}  {pair['share']:>8.2%}  {names}")
+    return metrics
+
+
+def write_metrics(metrics: dict, args: argparse.Namespace):
+    """Write metrics.json: what was printed, with the settings and versions behind it."""
+    packages = ("torch", "torchvision", "datasets", "grad-cam", "numpy")
+    versions = {name: version(name) for name in packages}
+    names = ("checkpoint", "dataset", "resolution", "seed", "amp", "batch_size")
+    settings = {name: getattr(args, name) for name in names}
+    settings["checkpoint"] = str(args.checkpoint)
+    everything = {
+        **metrics,
+        "settings": settings,
+        "versions": {"python": platform.python_version(), **versions},
+    }
+    with whole_file(args.output_dir / "metrics.json") as draft:
+        draft.write_text(json.dumps(everything, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 # ---------------------------------------------------------------- figures
 
 
-def plot_grad_cam(crops: torch.Tensor, maps: np.ndarray, titles: list[str], colors: list[str]) -> Figure:
-    """A cell for each of (N, R, R, 3) uint8 crops: its title, the crop, and the crop under its (R, R) map."""
-    columns, rows, width, text, photo = min(3, len(crops)), -(-len(crops) // 3), 4.4, 0.65, 2.05  # inches
-    figure = Figure(figsize=(columns * width, rows * (photo + text) + 0.1))
-    for cell, (crop, heat, title, color) in enumerate(zip(crops, maps, titles, colors, strict=True)):
+def plot_grad_cam(crops: torch.Tensor, maps: np.ndarray, titles: list, colors: list) -> Figure:
+    """A cell for each of (N, R, R, 3) uint8 crops: a title, the crop, and its (R, R) map on it."""
+    columns = min(3, len(crops))
+    rows = -(-len(crops) // 3)
+    height = 2.75 * rows  # inches, of which each row's title takes 0.6
+    figure = Figure(figsize=(4.4 * columns, height))
+    top = 1 - 0.6 / height
+    figure.subplots_adjust(0.02, 0.05 / height, 0.99, top, wspace=0.04, hspace=0.3)
+    photos = zip(crops, maps, titles, colors, strict=True)
+    for number_in_figure, (crop, heat, title, color) in enumerate(photos, 1):
+        axes = figure.add_subplot(rows, columns, number_in_figure)
+        axes.axis("off")
         image = crop.numpy() / np.float32(255)
         gap = np.ones((len(image), len(image) // 20, 3))
         overlay = show_cam_on_image(image, heat, use_rgb=True, image_weight=0.6) / 255
-        left, bottom = cell % 3 * width + 0.1, (rows - 1 - cell // 3) * (photo + text) + 0.1
-        inches = np.array([left, bottom, photo * 2.05, photo])
-        axes = figure.add_axes(inches / np.tile(figure.get_size_inches(), 2))
-        axes.imshow(np.concatenate([image, gap, overlay], 1))
-        axes.axis("off")
-        axes.set_title(title, fontsize=8.5, loc="left", color=color)
+        axes.imshow(np.concatenate([image, gap, overlay], axis=1))
+        axes.set_title(title, fontsize=7, loc="left", color=color, parse_math=False)
     return figure
 
 
 def plot_confusion(confusion: np.ndarray, classes: list[str]) -> Figure:
-    """The (classes, classes) counts, rows true and columns predicted, coloured by their share of the true class."""
+    """The (classes, classes) counts, coloured by their share of the true class."""
     count = len(classes)
-    cell, font = (0.16, 7) if count > 30 else (0.45, 9)  # inches, points
-    labels = 0.072 * font / 7 * max(map(len, classes))
-    side = count * cell
-    width, height = labels + side + 1.4, labels + side + 0.6
-    figure = Figure(figsize=(width, height))
-    axes = figure.add_axes(((labels + 0.4) / width, (labels + 0.4) / height, side / width, side / height))
+    longest = max(len(name) for name in classes)
+    side = 0.16 * count + 0.07 * longest + 2  # inches: cells, names, the bar
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     image = axes.imshow(np.ma.masked_equal(share, 0), cmap="viridis_r", vmin=0, vmax=1)
-    axes.set_xticks(range(count), classes, rotation=90, fontsize=font)
-    axes.set_yticks(range(count), classes, fontsize=font)
+    axes.set_xticks(range(count), classes, rotation=90, fontsize=7, parse_math=False)
+    axes.set_yticks(range(count), classes, fontsize=7, parse_math=False)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
-    for lines in (axes.hlines, axes.vlines):
-        lines(np.arange(count + 1) - 0.5, -0.5, count - 0.5, color="0.9", linewidth=0.5)
-    if count <= 30:
-        for row, column in np.argwhere(confusion):
-            color = "white" if share[row, column] > 0.5 else "black"
-            axes.text(column, row, confusion[row, column], ha="center", va="center", color=color, fontsize=font)
-    bar = figure.add_axes(
-        ((labels + 0.55 + side) / width, (labels + 0.4) / height, 0.15 / width, min(side, 4) / height)
-    )
-    figure.colorbar(image, bar, label="share of the true class")
+    lines = np.arange(count + 1) - 0.5
+    axes.hlines(lines, -0.5, count - 0.5, color="0.9", linewidth=0.5)
+    axes.vlines(lines, -0.5, count - 0.5, color="0.9", linewidth=0.5)
+    figure.colorbar(image, ax=axes, shrink=0.5, label="share of the true class")
     return figure
 
 
 def save_figure(figure: Figure, path: Path):
     with whole_file(path) as draft:
         figure.savefig(draft, format="png", dpi=100)
+    print(f"wrote {path}")
 
 
-# ---------------------------------------------------------------- the report
+def choose_photos(logits: torch.Tensor, labels: torch.Tensor, args) -> dict[str, np.ndarray]:
+    """Rows of the photos in each GradCAM figure: random ones, and an error of each worst class."""
+    random = np.random.default_rng(args.seed)
+    samples = random.permutation(len(labels))[: args.num_gradcam]
+    wrong = (logits.argmax(1) != labels).numpy()
+    confusion = count_confusion(logits, labels)
+    class_rows = worst_first(class_accuracies(confusion, [""] * len(confusion)))
+    worst = []
+    for row in class_rows[:5]:
+        errors = np.flatnonzero(wrong & (labels.numpy() == row["index"]))
+        if len(errors):
+            worst.append(random.choice(errors))
+    return {"gradcam_samples.png": samples, "gradcam_worst.png": np.array(worst, dtype=int)}
 
 
-def accuracy(correct: int, total: int) -> dict:
-    """Accuracy (0…1) with the bounds of its 95 % Wilson score interval; `correct` of at least one `total`."""
-    low, high = binomtest(correct, total).proportion_ci(0.95, "wilson")
-    return {"accuracy": correct / total, "correct": correct, "total": total, "low": float(low), "high": float(high)}
-
-
-def say(measured: dict) -> str:
-    low, high = 100 * measured["low"], 100 * measured["high"]
-    counts = f"{measured['correct']}/{measured['total']}"
-    return f"{percent(measured['accuracy'])} ({counts}, 95 % CI {low:.2f}–{high:.2f})"
-
-
-def per_class(confusion: np.ndarray, classes: list[str]) -> list[dict]:
-    """Accuracy of each class from the (true, predicted) counts; None for a class without a test photo."""
-    rows = []
-    for index, (name, correct, total) in enumerate(zip(classes, confusion.diagonal(), confusion.sum(1), strict=True)):
-        share = float(correct / total) if total else None
-        rows.append({"index": index, "name": name, "accuracy": share, "correct": int(correct), "total": int(total)})
-    return rows
-
-
-def ranked(rows: list[dict]) -> list[dict]:
-    """The classes that have test photos, worst first."""
-    return sorted((row for row in rows if row["total"]), key=lambda row: row["accuracy"])
-
-
-def confused_pairs(confusion: np.ndarray, classes: list[str], most: int = 10) -> list[dict]:
-    """The most frequent errors: true and predicted class, count, and share (0…1) of the true class."""
-    errors = confusion - np.diag(confusion.diagonal())
-    order = np.argsort(-errors, axis=None, kind="stable")[:most]
-    pairs = [(i, j, int(errors[i, j])) for i, j in zip(*np.unravel_index(order, errors.shape), strict=True)]
-    return [
-        {"true": classes[i], "predicted": classes[j], "count": count, "share": count / int(confusion[i].sum())}
-        for i, j, count in pairs
-        if count
-    ]
-
-
-def count_confusion(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """(classes, classes) counts of (true, predicted)."""
-    return np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
-
-
-def print_classes(title: str, rows: list[dict], names: int):
-    print(f"\n{title}")
+def draw_test_photos(path: Path, rows, model, cars: CarPhotos, logits, labels, classes, args):
+    """GradCAM of the test photos in `rows`, titled with their true and predicted class."""
+    if not len(rows):
+        path.unlink(missing_ok=True)  # An older evaluation's figure is not this one's.
+        print(f"no photo is misclassified: no {path.name}")
+        return
+    predicted = logits.argmax(1)
+    titles = []
+    colors = []
     for row in rows:
-        share = percent(row["accuracy"]) if row["total"] else "no photo"
-        print(f"{row['index']:>4}  {row['name']:<{names}}  {share:>8}  {row['correct']}/{row['total']}")
+        wrong = predicted[row] != labels[row]
+        verdict = "WRONG" if wrong else "right"
+        confidence = f"{verdict}, confidence {logits[row].softmax(0).max():.2%}"
+        names = f"true: {classes[labels[row]]}\npredicted: {classes[predicted[row]]}"
+        titles.append(f"{names}\n{confidence}")
+        colors.append("firebrick" if wrong else "darkgreen")
+    crops = torch.stack([cars[0, int(row)][0][0] for row in rows])
+    maps = grad_cam(model, crops, predicted[rows].tolist(), args.batch_size)
+    save_figure(plot_grad_cam(crops, maps, titles, colors), path)
 
 
 # ---------------------------------------------------------------- command line
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # fmt: off
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = train.Parser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("--checkpoint", type=Path, default="best_model.pth", help="what train.py saved, or a state dict (%(default)s)")
-    add("--dataset", help="Hub data set or local folder (the one that the checkpoint was trained on)")
-    add("--resolution", type=int, help="side of the crops in pixels (the checkpoint's)")
-    add("--batch-size", type=int, default=64, help="photos evaluated at once (%(default)s)")
-    add("--tta", action="store_true", help="also average the logits of six views: three scales, mirrored or not")
-    add("--num-gradcam", type=int, default=16, help="photos in the GradCAM figure; 0 for no GradCAM (%(default)s)")
-    add("--seed", type=int, default=42, help="seed of the choice of photos (%(default)s)")
-    add("--workers", type=int, default=train.WORKERS, help="processes that decode photos (%(default)s)")
-    add("--output-dir", type=Path, default=".", help="folder for figures and metrics.json (%(default)s)")
-    add("--amp", action=argparse.BooleanOptionalAction, default=True, help="mixed precision where it is native (on)")
-    add("--images", type=Path, nargs="+", metavar="PATH", help="name the classes of these photos instead")
-    limits = dict(
-        resolution=(32, 4096), batch_size=(1, 65536), num_gradcam=(0, 1000), seed=(0, 2**32), workers=(0, 256)
-    )
-    return train.parse_flags(parser, argv, **limits)
+    batch_size = 64 if torch.cuda.is_available() else 16  # What a CPU's caches like.
+    add("--checkpoint", type=Path, default="best_model.pth",
+        help="what train.py saved, or a state dict (%(default)s)")
+    add("--dataset", help="Hub data set or local folder (what the checkpoint was trained on)")
+    add("--resolution", type=number(int, 32, 4096),
+        help="side of the crops in pixels (the checkpoint's)")
+    add("--batch-size", type=number(int, 1, 65536), default=batch_size,
+        help="photos evaluated at once (64 on CUDA, else 16)")
+    add("--tta", action="store_true",
+        help="also average the logits of six views: three scales, mirrored or not")
+    add("--num-gradcam", type=number(int, 0, 1000), default=16,
+        help="photos in the GradCAM figure; 0 for no GradCAM (%(default)s)")
+    add("--seed", type=number(int, 0, 2**32), default=42,
+        help="of the choice of photos (%(default)s)")
+    add("--workers", type=number(int, 0, 256), default=train.WORKERS,
+        help="processes that decode photos (%(default)s)")
+    add("--output-dir", type=Path, default=".", help="for figures and metrics.json (%(default)s)")
+    add("--amp", action=argparse.BooleanOptionalAction, default=True,
+        help="mixed precision, where it is native (on)")
+    add("--images", type=Path, nargs="+", metavar="PATH",
+        help="name the classes of these photos instead")
+    # fmt: on
+    return parser.parse_args(argv)
 
 
-def name_images(args, model, classes: list[str], resolution: int, autocast):
-    """Print the five likeliest classes of each of --images, and draw gradcam_images.png of the first of them."""
-    views, paths, unreadable = [], [], []
+def name_images(args: argparse.Namespace, model, classes: list[str], autocast):
+    """Print the five likeliest classes of each of --images, and draw the first ones' GradCAM.
+
+    Raises InputError at the end, naming the files that could not be read.
+    """
+    paths = []
+    views = []
+    unreadable = []
     for path in args.images:
         try:
-            views.append(crop_views(train.decode_photo(path.read_bytes()), resolution, args.tta).movedim(-3, -1))
+            if not path.is_file():
+                raise ValueError("no file")
+            photo = train.decode_photo(path.read_bytes())
+            views.append(crop_views(photo, args.resolution, args.tta))
             paths.append(path)
-        except Exception as error:  # each decoder raises its own
-            unreadable.append(f"{path} ({train.first_line(error)})")
-    if views:
-        views = torch.stack(views)
-        confidence = torch.cat([predict(model, part, autocast)[1] for part in views.split(args.batch_size)]).softmax(1)
-        for path, row in zip(paths, confidence, strict=True):
-            print(f"\n{path}")
-            for share, index in zip(*row.topk(min(5, len(classes))), strict=True):
-                print(f"{percent(share):>9}  {classes[index]}")
-        shown = range(min(args.num_gradcam, len(paths)))
-        if shown:
-            crops, best = views[: len(shown), 0], confidence.argmax(1)[: len(shown)].tolist()
-            titles = [
-                "\n".join(
-                    [*textwrap.wrap(paths[i].name, 60)[-2:], f"{classes[best[i]]}, {percent(confidence[i, best[i]])}"]
-                )
-                for i in shown
-            ]
-            maps = grad_cam(model, crops, best, args.batch_size)
-            save_figure(
-                plot_grad_cam(crops, maps, titles, ["black"] * len(crops)), args.output_dir / "gradcam_images.png"
-            )
-            print(f"\nwrote {args.output_dir / 'gradcam_images.png'}")
+        except Exception as error:  # Each of Pillow's decoders raises its own.
+            unreadable.append(f"{path} ({train.reason(error)})")
+    titles = []
+    best = []
+    for path, view in zip(paths, views, strict=True):
+        _, mean = predict(model, view[None], autocast)
+        confidence = mean[0].softmax(0)
+        print(f"\n{path}")
+        for share, index in zip(*confidence.topk(min(5, len(classes))), strict=True):
+            print(f"{share:>9.2%}  {classes[index]}")
+        best.append(int(confidence.argmax()))
+        name = "\n".join(textwrap.wrap(path.name, 60)[-2:])
+        titles.append(f"{name}\n{classes[best[-1]]}, {confidence.max():.2%}")
+    shown = min(args.num_gradcam, len(paths))
+    if shown:
+        crops = torch.stack([view[0] for view in views[:shown]])
+        maps = grad_cam(model, crops, best[:shown], args.batch_size)
+        figure = plot_grad_cam(crops, maps, titles[:shown], ["black"] * shown)
+        save_figure(figure, args.output_dir / "gradcam_images.png")
     if unreadable:
-        raise InputError(f"{len(unreadable)} of {len(args.images)} photos cannot be read: {'; '.join(unreadable)}")
+        names = "; ".join(unreadable)
+        raise InputError(f"{len(unreadable)} of {len(args.images)} photos cannot be read: {names}")
+
+
+def load_test_photos(args: argparse.Namespace, checkpoint: dict):
+    """The test split and its class names. Raises InputError where they are not the checkpoint's."""
+    photos = train.load_cars(args.dataset, ("test",))["test"]
+    classes = photos.features["label"].names
+    num_classes = len(checkpoint["model"]["fc.bias"])
+    known = checkpoint.get("classes", classes)
+    if len(classes) != num_classes or known != classes:
+        others = [name for name in known if name not in classes][:3] or "another order"
+        raise InputError(
+            f"{args.checkpoint} knows {num_classes} classes and --dataset {args.dataset} has "
+            f"{len(classes)}, or others ({others}): name the data set that it was trained on"
+        )
+    print(f"test        {args.dataset}: {len(photos)} photos, {num_classes} classes")
+    return photos, classes
 
 
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
-    if not args.checkpoint.is_file():
-        raise InputError(f"--checkpoint {args.checkpoint} is not a file: train one with train.py, or name another")
     train.make_output_dir(args.output_dir)
+    if not args.checkpoint.is_file():
+        advice = "train one with train.py, or name another"
+        raise InputError(f"--checkpoint {args.checkpoint} is not a file: {advice}")
     checkpoint = train.read_checkpoint(args.checkpoint)
-    settings, count = checkpoint.get("settings", {}), len(checkpoint["model"]["fc.bias"])
-    resolution = args.resolution or settings.get("resolution", 224)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = train.pick_precision(device, args.amp)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    torch.set_float32_matmul_precision("high")  # TF32
-    torch.backends.cudnn.benchmark = True
-    model = resnet50(num_classes=count)
-    model.load_state_dict(checkpoint["model"])
-    model = model.to(device, memory_format=torch.channels_last).eval()
-    trained = f"epoch {checkpoint['epoch']}, {settings['resolution']} px" if settings else "a state dict"
-    print(f"checkpoint  {args.checkpoint} ({trained}); evaluated at {resolution} px")
-    print(f"device      {device.type}, {str(dtype)[6:]}")
+    trained_at = checkpoint.get("resolution", 224)
+    args.resolution = args.resolution or trained_at
+    trained = f"epoch {checkpoint['epoch']}, {trained_at} px" if "epoch" in checkpoint else "bare"
+    print(f"checkpoint  {args.checkpoint} ({trained}); evaluated at {args.resolution} px")
+    model, autocast = load_model(args, checkpoint)
     if args.images:
-        classes = checkpoint.get("classes", [f"class {index}" for index in range(count)])
-        return name_images(args, model, classes, resolution, autocast)
+        num_classes = len(checkpoint["model"]["fc.bias"])
+        numbered = [f"class {index}" for index in range(num_classes)]
+        return name_images(args, model, checkpoint.get("classes", numbered), autocast)
 
-    dataset = args.dataset or settings.get("dataset", train.DEFAULT_DATASET)
-    photos = train.load_cars(dataset, ("test",))["test"]
-    classes = photos.features["label"].names
-    if len(classes) != count or checkpoint.get("classes", classes) != classes:
-        names = [name for name in checkpoint.get("classes", []) if name not in classes][:3] or "in another order"
-        raise InputError(
-            f"{args.checkpoint} knows {count} classes and --dataset {dataset} has {len(classes)}, or others ({names}): "
-            "name the data set that it was trained on"
-        )
-    print(f"test        {dataset}: {len(photos)} photos, {count} classes")
+    settings = checkpoint.get("settings", {})
+    args.dataset = args.dataset or settings.get("dataset", train.DEFAULT_DATASET)
+    photos, classes = load_test_photos(args, checkpoint)
+    views = functools.partial(crop_views, tta=args.tta)
+    cars = CarPhotos(photos, views, args.resolution)
+    single, mean = predict_all(model, cars, args, autocast)
+    labels = torch.tensor(photos["label"])
+    metrics = report(single, mean, labels, classes, args.tta)
+    write_metrics(metrics, args)  # Before the figures: if one fails, the numbers are there.
 
-    cars = CarPhotos(photos, functools.partial(crop_views, tta=args.tta), resolution)
-    keys = list(train.batch_keys(len(photos), args.batch_size))
-    single, mean = predict_all(model, train.make_loader(cars, keys, args.workers, device), len(keys), autocast)
-    labels, predicted = np.array(photos["label"]), single.argmax(1).numpy()
-    confusion = count_confusion(labels, predicted, count)
-    rows, names = per_class(confusion, classes), max(map(len, classes))
-    in_top5 = single.topk(min(5, count)).indices.numpy() == labels[:, None]
-    metrics = {
-        "test": accuracy(int(confusion.trace()), len(labels)),
-        "top5": accuracy(int(in_top5.sum()), len(labels)),
-        "per_class": rows,
-    }
-    print(f"\ntest accuracy   {say(metrics['test'])}\ntop-5 accuracy  {say(metrics['top5'])}")
-    print_classes("accuracy per class", rows, names)
-    print_classes("ten worst classes", ranked(rows)[:10], names)
-    print_classes("ten best classes", ranked(rows)[:-11:-1], names)
-    if args.tta:
-        tta_rows = per_class(count_confusion(labels, mean.argmax(1).numpy(), count), classes)
-        metrics["tta"] = accuracy(sum(row["correct"] for row in tta_rows), len(labels)) | {"per_class": tta_rows}
-        gain = metrics["tta"]["accuracy"] - metrics["test"]["accuracy"]
-        print(f"\nsix views       {say(metrics['tta'])}, {100 * gain:+.2f} points to the single view")
-        print_classes("ten worst classes of the single view", ranked(rows)[:10], names)
-        print_classes("ten worst classes of the six views", ranked(tta_rows)[:10], names)
-    metrics["confused_pairs"] = confused_pairs(confusion, classes)
-    print("\nmost confused pairs: true → predicted, count, share of the true class")
-    for pair in metrics["confused_pairs"]:
-        print(f"{pair['count']:>4}  {percent(pair['share']):>8}  {pair['true']} → {pair['predicted']}")
-
-    written = [args.output_dir / "confusion_matrix.png"]
-    save_figure(plot_confusion(confusion, classes), written[0])
-    random, wrong = np.random.default_rng(args.seed), predicted != labels
-    worst = [row["index"] for row in ranked(rows) if row["accuracy"] < 1][:5]
-    choices = {
-        "gradcam_samples.png": random.permutation(len(labels))[: args.num_gradcam],
-        "gradcam_worst.png": [random.choice(np.flatnonzero(wrong & (labels == index))) for index in worst],
-    }
-    for name, chosen in choices.items() if args.num_gradcam else ():
-        if not len(chosen):
-            (args.output_dir / name).unlink(missing_ok=True)  # an older run's is not this one's
-            print(f"\nno photo is misclassified: no {name}")
-            continue
-        crops = torch.stack([cars[0, int(row)][0][0] for row in chosen])
-        titles = [
-            f"true: {classes[labels[row]]}\npredicted: {classes[predicted[row]]}\n"
-            f"{'WRONG' if wrong[row] else 'right'}, confidence {percent(single[row].softmax(0).max())}"
-            for row in chosen
-        ]
-        maps = grad_cam(model, crops, predicted[chosen], args.batch_size)
-        colors = ["firebrick" if wrong[row] else "darkgreen" for row in chosen]
-        save_figure(plot_grad_cam(crops, maps, titles, colors), args.output_dir / name)
-        written.append(args.output_dir / name)
-    metrics["settings"] = {
-        "checkpoint": str(args.checkpoint), "dataset": dataset, "resolution": resolution, "seed": args.seed,
-        "device": device.type, "precision": str(dtype)[6:], "batch_size": args.batch_size,
-    }  # fmt: skip
-    packages = ("torch", "torchvision", "datasets", "grad-cam", "numpy")
-    metrics["versions"] = {"python": platform.python_version(), **{name: version(name) for name in packages}}
-    written.append(args.output_dir / "metrics.json")
-    with whole_file(written[-1]) as draft:
-        draft.write_text(json.dumps(metrics, indent=2, ensure_ascii=False))
-    print("\nwrote " + ", ".join(map(str, written)))
+    print(f"\nwrote {args.output_dir / 'metrics.json'}")
+    confusion = count_confusion(single, labels)
+    save_figure(plot_confusion(confusion, classes), args.output_dir / "confusion_matrix.png")
+    if args.num_gradcam:
+        for name, rows in choose_photos(single, labels, args).items():
+            path = args.output_dir / name
+            draw_test_photos(path, rows, model, cars, single, labels, classes, args)
 
 
 if __name__ == "__main__":

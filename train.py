@@ -1,392 +1,472 @@
-"""Fine-tune an ImageNet-pretrained ResNet-50 on Stanford Cars: plain SGD, one stage, nothing frozen.
+"""Fine-tune an ImageNet-pretrained ResNet-50 on Stanford Cars: one stage of plain SGD.
 
 The two published runs, each on one RTX 5080:
 
-    python train.py --resolution 448 --batch-size 64 --lr 0.05    # 91.78 % test accuracy, 50.3 min
-    python train.py --resolution 224 --batch-size 128 --lr 0.1    # 89.38 % test accuracy, 18.9 min
+    python train.py --resolution 448 --batch-size 64 --lr 0.05    # 91.78 % accuracy, 50.3 min
+    python train.py --resolution 224 --batch-size 128 --lr 0.1    # 89.38 % accuracy, 18.9 min
 
-Go on after a stop, with the settings of the run that was stopped; or train on four GPUs, with the same recipe:
+Go on after a stop, with the settings of the run that was stopped:
 
     python train.py --resume
+
+Train on four GPUs, with the same recipe:
+
     torchrun --nproc-per-node 4 train.py --resolution 448 --batch-size 64 --lr 0.05
 
-Try it with no GPU, no Hub and no pretrained weights, on drawn cars:
-
-    python tests/draw_cars.py drawn_cars
-    python train.py --dataset drawn_cars --weights none --resolution 64 --batch-size 16 --lr 0.004 \
-        --epochs 9 --step-size 5 --output-dir drawn_run
 """
 
 import argparse
 import contextlib
 import csv
+import datetime
 import functools
-import hashlib
+import glob
 import io
 import itertools
 import math
+import multiprocessing
 import os
 import pickle
 import re
+import shlex
+import shutil
 import signal
+import socket
 import sys
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+# Set before matplotlib is imported: no window is opened, and a notebook's backend may be missing.
+os.environ["MPLBACKEND"] = "agg"
+if __name__ == "__main__":
+    # The imports take seconds, in which Ctrl-C would end in a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import datasets
+import filelock
 import numpy as np
-import pyarrow.compute
+import pyarrow.parquet
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub import snapshot_download
+from huggingface_hub.utils import disable_progress_bars
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
 from torchvision.models import ResNet50_Weights, resnet50
 from torchvision.transforms import RandomResizedCrop, v2
 from tqdm import tqdm
 
-try:
-    from torchvision.io import decode_image
-except ImportError:  # deprecated since torchvision 0.29: once it is gone, Pillow decodes all
-    decode_image = None
-warnings.filterwarnings("ignore", "The image decoding and encoding capabilities", DeprecationWarning)
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in 0…1
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of red, green and blue in 0…1
+IMAGENET_STD = (0.229, 0.224, 0.225)
 DEFAULT_DATASET = "tanganke/stanford_cars"
 DATASET_REVISION = "9abf6cf7d6dfa7b95152a0d6e791ea9435b47a40"
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # this process may use
-LOCAL_RANKS = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that torchrun has started on this machine
-WORKERS = max(1, min(16, CORES // LOCAL_RANKS))
-AS_BEFORE = "the checkpoints of the epochs before are as they were"
-# What decides the result: kept in the checkpoints, and the same in a run and its resumption.
-SETTINGS = "dataset weights resolution batch_size epochs lr momentum weight_decay step_size seed amp".split()
+PRETRAINED = ResNet50_Weights.__members__
+# Bytes of test crops that are kept in memory: at 224 px the whole test split takes 1.2 GB.
+KEPT_CROPS_LIMIT = 2e9
+
+# torchrun sets these variables for each process that it starts.
+RANK = int(os.environ.get("RANK", 0))
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+LOCAL_PROCESSES = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+# macOS and Windows do not tell which cores a process may use.
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+WORKERS = max(1, min(16, CORES // LOCAL_PROCESSES))
+
+# These settings decide the result: a run and its resumption have to agree in them.
+RECIPE = ("resolution", "batch_size", "lr", "momentum", "weight_decay", "step_size", "epochs")
+SETTINGS = (*RECIPE, "weights", "seed", "amp")
 
 
 class InputError(Exception):
-    """What the user can put right: the command ends with this message on one line and exit status 1."""
+    """What the user can put right: the command ends with this one line and exit status 1."""
 
 
-def first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+def reason(error: BaseException) -> str:
+    """What `error` says, on one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def percent(fraction: float) -> str:
-    return f"{100 * fraction:.2f} %"
+@contextlib.contextmanager
+def reported_as(message: str):
+    """Turn any error inside into an InputError: `message`, and the reason behind it.
+
+    The libraries under this program raise dozens of types for damaged files and lost networks.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{message}: {reason(error.__cause__ or error)}") from error
 
 
 # ---------------------------------------------------------------- data
 
 
-def locate(dataset: str, wanted: tuple[str, ...]) -> str:
-    """The folder that holds the files of a data set's `wanted` splits, downloaded where it is not local.
+def load_cars(dataset: str, splits: tuple = ("train", "test")) -> dict[str, datasets.Dataset]:
+    """Load `splits`, and nothing else, of a Hub data set or of a local folder.
 
-    Raises InputError where the Hub knows no such data set, or cannot be reached and no copy is in its cache.
-    """
-    if Path(dataset).is_dir():
-        return dataset
-    source = dict(repo_id=dataset, revision=DATASET_REVISION if dataset == DEFAULT_DATASET else None)
-    offline = None
-    try:
-        HfApi().dataset_info(**source, timeout=10)  # tried once, where snapshot_download goes on for 24 s
-    except (HFValidationError, RepositoryNotFoundError) as error:
-        raise InputError(f"--dataset {dataset} is neither a folder nor a data set that the Hub shows you") from error
-    except Exception as error:  # whatever the HTTP client raises without a network
-        offline = first_line(error)
-    try:  # not the seven corrupted copies of the test split that the repository holds too
-        files = ["README.md", *(f"**/{split}-*" for split in wanted)]
-        return snapshot_download(**source, repo_type="dataset", allow_patterns=files, local_files_only=bool(offline))
-    except Exception as error:
-        reason = offline or first_line(error)
-        raise InputError(f"cannot download --dataset {dataset}, and no copy is in the cache: {reason}") from error
-
-
-def load_cars(dataset: str, wanted: tuple[str, ...] = ("train", "test")) -> dict[str, datasets.Dataset]:
-    """Load the `wanted` splits, and nothing else, of a Hub data set or of a local folder.
-
-    A local folder is laid out as the Hub repository is (README.md, data/*.parquet) or as train/CLASS/*.jpg and
-    test/CLASS/*.jpg. Each split has the columns `image` (still encoded) and `label` (a ClassLabel). Raises InputError
-    where the data set cannot be had, lacks a split or a column, or has labels that do not fit.
+    Each split has the columns `image` (still encoded) and `label` (a ClassLabel). Raises
+    InputError where a split cannot be had, or where the splits differ in their classes.
     """
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    splits, folder = {}, locate(dataset, wanted)
-    for split in wanted:
-        # By file, as split names are looked up in a cache that does not see a local folder change.
-        attempts = [(folder, {split: f"**/{split}-*.parquet"}), (folder, {split: f"{split}/**"}), (dataset, None)]
-        for path, data_files in attempts[:2] if folder == dataset else attempts:
-            try:
-                photos = datasets.load_dataset(path, data_files=data_files, split=split)
-                break
-            except Exception as error:  # no such file or split, or what datasets and pyarrow raise of a damaged one
-                reason = first_line(error)
-        else:
-            raise InputError(f"cannot load the {split} split of --dataset {dataset}: {reason}")
-        kinds = {name: type(feature).__name__ for name, feature in photos.features.items()}
-        if kinds.get("image") != "Image" or kinds.get("label") != "ClassLabel" or not len(photos):
-            needs = "photos with the columns 'image' (Image) and 'label' (ClassLabel)"
-            raise InputError(
-                f"the {split} split of --dataset {dataset} needs {needs}; it has {len(photos)} with {kinds}"
+        disable_progress_bars()
+    cars = {split: load_split(dataset, split) for split in splits}
+    classes = [photos.features["label"].names for photos in cars.values()]
+    if classes[0] != classes[-1]:
+        differing = sorted(set(classes[0]) ^ set(classes[-1]))[:5]
+        raise InputError(f"the splits of --dataset {dataset} differ in their classes: {differing}")
+    return cars
+
+
+def load_split(dataset: str, split: str) -> datasets.Dataset:
+    with reported_as(f"cannot load the {split} split of --dataset {dataset}"):
+        if Path(dataset).is_dir():
+            photos = read_folder(Path(dataset).resolve(), split)
+        elif dataset == DEFAULT_DATASET:
+            # By name, since the repository also holds seven corrupted copies of the test split.
+            files = ["README.md", f"data/{split}-*"]
+            folder = snapshot_download(
+                dataset, repo_type="dataset", revision=DATASET_REVISION, allow_patterns=files
             )
-        for row, label in enumerate(photos["label"]):
-            if label is None or not 0 <= label < photos.features["label"].num_classes:
-                raise InputError(f"the {split} photo in row {row} of --dataset {dataset} has label {label}: no class")
-        splits[split] = photos.cast_column("image", datasets.Image(decode=False))
-    first, last = (splits[split].features["label"].names for split in (wanted[0], wanted[-1]))
-    if first != last:
-        names = sorted(set(first) ^ set(last)) or "the same in another order"
-        raise InputError(f"the splits of --dataset {dataset} differ in their classes: {names}"[:500])
-    return splits
+            photos = read_folder(Path(folder), split)
+        else:
+            photos = datasets.load_dataset(dataset, split=split)
+
+    columns = {name: type(feature).__name__ for name, feature in photos.features.items()}
+    if columns.get("image") != "Image" or columns.get("label") != "ClassLabel" or not len(photos):
+        needs = "photos with the columns 'image' (Image) and 'label' (ClassLabel)"
+        text = f"the {split} split of --dataset {dataset} needs {needs}"
+        raise InputError(f"{text}; it has {len(photos)} with {columns}")
+    num_classes = photos.features["label"].num_classes
+    for row, label in enumerate(photos["label"]):
+        if label is None or not 0 <= label < num_classes:
+            text = f"the {split} photo in row {row} of --dataset {dataset}"
+            raise InputError(f"{text} has label {label}, which is no class")
+    return photos.cast_column("image", datasets.Image(decode=False))
 
 
-def fingerprint(cars: dict[str, datasets.Dataset]) -> str:
-    """Digest of class names, labels and file sizes, by which a data set that has changed is noticed."""
-    digest = hashlib.sha256()
-    for photos in cars.values():
-        sizes = pyarrow.compute.binary_length(pyarrow.compute.struct_field(photos.data["image"], "bytes")).to_pylist()
-        digest.update(repr((photos.features["label"].names, list(photos["label"]), sizes)).encode())
-    return digest.hexdigest()
+def read_folder(folder: Path, split: str) -> datasets.Dataset:
+    """Read SPLIT/CLASS/*.jpg or, as on the Hub, data/SPLIT-*.parquet of a folder."""
+    if (folder / split).is_dir():
+        images = ImageFolder(folder / split)
+        label = datasets.ClassLabel(names=images.classes)
+        features = datasets.Features({"image": datasets.Image(), "label": label})
+        columns = {"image": [path for path, _ in images.samples], "label": images.targets}
+        return datasets.Dataset.from_dict(columns, features=features, split=split)
+
+    files = sorted((folder / "data").glob(f"{split}-*.parquet"))
+    if not files:
+        wanted = f"{split}/CLASS/*.jpg nor data/{split}-*.parquet"
+        raise InputError(f"--dataset {folder} has no {split} split: neither {wanted}")
+    for file in files:
+        shards = re.search(r"-of-(\d+)", file.stem)
+        if shards and int(shards[1]) != len(files):
+            text = f"{folder / 'data'} has {len(files)} of the {split} split's files"
+            raise InputError(f"{text}; {file.name} says that there are {int(shards[1])}")
+        with reported_as(f"{file} is damaged, or is no parquet file"):
+            pyarrow.parquet.read_metadata(file)
+    # Escaped, as datasets takes every name for a pattern.
+    patterns = [glob.escape(str(file)) for file in files]
+    return datasets.load_dataset(str(folder), data_files={split: patterns}, split=split)
 
 
 def decode_photo(encoded: bytes) -> torch.Tensor:
-    """Decode an image file to upright RGB: (3, H, W) uint8. Raises what its decoder raises where it is no photo."""
-    with Image.open(io.BytesIO(encoded)) as photo:  # reads the header alone, and refuses decompression bombs
+    """Decode an image file to upright RGB: (3, H, W) uint8, with the channels last in memory.
+
+    Raises what Pillow raises where it is no photo, and ValueError where it is a thin line.
+    """
+    # The formats are listed, since Pillow would hand an EPS file to Ghostscript.
+    formats = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+    with Image.open(io.BytesIO(encoded), formats=formats) as photo:
         if max(photo.size) > 50 * min(photo.size):
             raise ValueError(f"{photo.width} × {photo.height} pixels are no photo")
-        # torchvision is a little faster than Pillow; Pillow reads more formats, and CMYK as it is meant.
-        if decode_image and photo.format in ("JPEG", "PNG") and photo.mode in ("RGB", "L"):
-            data = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-            pixels = decode_image(data, mode="RGB", apply_exif_orientation=True)
-            return v2.functional.to_dtype(pixels, torch.uint8, scale=True)  # from uint16, for a 16-bit PNG
-        upright = ImageOps.exif_transpose(photo)
-        if upright.mode.startswith("I;16"):  # convert() would clip it to white
-            return torch.from_numpy((np.asarray(upright) // 257).astype(np.uint8)).expand(3, -1, -1)
-        upright = upright.convert("RGBA") if upright.mode == "P" else upright  # else Pillow warns of transparency
-        return v2.functional.pil_to_tensor(upright.convert("RGB"))
-
-
-class CarPhotos(torch.utils.data.Dataset):
-    """The photos of one split. An item, asked for as (epoch, row), is `crop` of the photo, and its label.
-
-    `crop` gets (3, H, W) uint8 and R, and returns (…, 3, R, R); the item has the channels last, (…, R, R, 3), as
-    decoder, resize and GPU do, so that none of them has to transpose it. What `crop` draws at random is a function of
-    (seed, epoch, row), whichever worker runs it. Raises InputError, naming split and row, for a photo that cannot be
-    decoded.
-    """
-
-    def __init__(self, photos: datasets.Dataset, crop: Callable, resolution: int, seed: int = 0):
-        self.photos, self.crop, self.resolution, self.seed = photos, crop, resolution, seed
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
-        epoch, row = key
-        try:
-            image, label = map(self.photos[row].get, ("image", "label"))
-            photo = decode_photo(Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"])
-        except Exception as error:  # each decoder raises its own
-            where = f"the {self.photos.split} photo in row {row}"
-            raise InputError(f"{where} cannot be decoded: {first_line(error)}") from error
-        draw = np.random.SeedSequence([self.seed, epoch, row]).generate_state(1)[0]
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(draw))
-            return self.crop(photo, self.resolution).movedim(-3, -1), label
+        ImageOps.exif_transpose(photo, in_place=True)
+        if photo.mode.startswith("I;16"):
+            # Pillow's own conversion of 16 bits would clip them to white.
+            grey = (np.asarray(photo) // 257).astype(np.uint8)
+            pixels = np.stack([grey, grey, grey], axis=-1)
+        elif photo.mode == "P":
+            # By way of RGBA, else Pillow warns that a palette's transparency is lost.
+            pixels = np.array(photo.convert("RGBA").convert("RGB"))
+        else:
+            pixels = np.array(photo.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def random_crop(photo: torch.Tensor, resolution: int) -> torch.Tensor:
-    """Train crop of (3, H, W) uint8: (3, R, R). RandomResizedCrop with torchvision's scale and ratio, then mirroring.
+    """Train crop of (3, H, W) uint8: (R, R, 3) uint8. RandomResizedCrop, then random mirroring.
 
-    Pixel for pixel v2's; but resizing a copy of the crop is faster, and leaves its channels last.
+    Pixel for pixel torchvision's v2; but resizing a copy of the crop is a third faster.
     """
-    top, left, height, width = RandomResizedCrop.get_params(photo, scale=(0.08, 1), ratio=(3 / 4, 4 / 3))
-    crop = photo[None, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
+    top, left, height, width = RandomResizedCrop.get_params(
+        photo, scale=(0.08, 1), ratio=(3 / 4, 4 / 3)
+    )
+    crop = photo[None, :, top : top + height, left : left + width]
+    crop = crop.contiguous(memory_format=torch.channels_last)
     crop = v2.functional.resize(crop, [resolution, resolution], antialias=True)[0]
-    return crop.flip(-1) if torch.rand(1) < 0.5 else crop
+    if torch.rand(1) < 0.5:
+        crop = crop.flip(-1)
+    return crop.movedim(0, -1)
 
 
 def center_crop(photo: torch.Tensor, resolution: int, side_at_224: int = 256) -> torch.Tensor:
-    """Test crop of (3, H, W) uint8: (3, R, R). The shorter side to int(R·side_at_224/224), then the centre."""
-    photo = v2.functional.resize(photo, [int(resolution * side_at_224 / 224)], antialias=True)
-    return v2.functional.center_crop(photo, [resolution])
+    """Test crop of (3, H, W) uint8: (R, R, 3) uint8.
+
+    The shorter side is resized to int(R · side_at_224 / 224), then the centre is taken.
+    """
+    shorter_side = int(resolution * side_at_224 / 224)
+    resized = v2.functional.resize(photo, [shorter_side], antialias=True)
+    return v2.functional.center_crop(resized, [resolution]).movedim(0, -1)
 
 
-def batch_keys(photos: int, batch_size: int, epochs=(0,), seed: int | None = None, rank: int = 0, ranks: int = 1):
-    """Yield, batch by batch and epoch after epoch, the (epoch, row) keys that fall to one of `ranks` processes.
+class CarPhotos(torch.utils.data.Dataset):
+    """The photos of one split. An item, asked for as (epoch, row), is a crop and its label.
 
-    The order is drawn from (seed, epoch) if there is a seed. One sampler for all epochs lets the workers begin the next
-    one while the test split is evaluated.
+    `crop` turns (3, H, W) uint8 and R into (…, R, R, 3) uint8. What it draws at random is a
+    function of (seed, epoch, row) alone, so that neither the number of workers nor a stop and
+    resumption changes it. Raises InputError, naming split and row, for a damaged photo.
+    """
+
+    def __init__(self, photos: datasets.Dataset, crop: Callable, resolution: int, seed: int = 0):
+        self.photos = photos
+        self.crop = crop
+        self.resolution = resolution
+        self.seed = seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
+        epoch, row = key
+        with reported_as(f"the {self.photos.split} photo in row {row} cannot be decoded"):
+            photo = self.photos[row]
+            encoded = photo["image"]["bytes"]
+            if encoded is None:
+                encoded = Path(photo["image"]["path"]).read_bytes()
+            pixels = decode_photo(encoded)
+        crop_seed = np.random.SeedSequence([self.seed, epoch, row]).generate_state(1)[0]
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(crop_seed))
+            return self.crop(pixels, self.resolution), photo["label"]
+
+
+def split_into_batches(rows, batch_size: int, epoch: int = 0, rank: int = 0, processes: int = 1):
+    """Lists of the (epoch, row) keys of each batch that fall to process `rank` of `processes`."""
+    batches = []
+    for start in range(0, len(rows), batch_size):
+        own_rows = rows[start : start + batch_size][rank::processes]
+        batches.append([(epoch, row) for row in own_rows])
+    return batches
+
+
+def shuffled_batches(count: int, batch_size: int, epochs: Iterable[int], seed: int) -> Iterator:
+    """Yield this process's batches of keys, epoch after epoch; (seed, epoch) draws the order.
+
+    One sampler for all epochs lets the workers begin the next one during the evaluation.
     """
     for epoch in epochs:
-        rows = range(photos) if seed is None else np.random.default_rng([seed, epoch]).permutation(photos).tolist()
-        for start in range(0, photos, batch_size):
-            yield [(epoch, row) for row in rows[start : start + batch_size][rank::ranks]]
+        rows = np.random.default_rng([seed, epoch]).permutation(count).tolist()
+        yield from split_into_batches(rows, batch_size, epoch, RANK, PROCESSES)
 
 
 def start_worker(worker: int):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which stops its workers
-    sys.excepthook = lambda *error: None  # errors go to the main process; what is left is a pipe closed at the end
+    """Leave Ctrl-C to the main process, and end without a word when that ends this worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda signal_number, frame: os._exit(0))
 
 
-def make_loader(photos: CarPhotos, keys: Iterable, workers: int, device: torch.device) -> DataLoader:
-    """Load the batches of `photos` that `keys` lists in `workers` processes."""
-    pin = device.type == "cuda"
-    return DataLoader(photos, batch_sampler=keys, num_workers=workers, pin_memory=pin, worker_init_fn=start_worker)
-
-
-def keep_batches(batches: Iterable, kept: list) -> Iterator:
-    """Yield `batches`, and keep them in `kept`: test crops are the same in every epoch."""
-    for batch in batches:
-        kept.append([part if part.is_pinned() else part.clone() for part in batch])  # else in scarce shared memory
-        yield batch
-
-
-def free_memory() -> int:
-    """Bytes of main memory that are free, for this container where there is one; 0 where Linux does not tell."""
-    try:
-        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
-        limit, used = (Path("/sys/fs/cgroup", name).read_text() for name in ("memory.max", "memory.current"))
-        return free if limit.startswith("max") else min(free, int(limit) - int(used))
-    except FileNotFoundError as error:
-        return 0 if error.filename == "/proc/meminfo" else free
+def make_loader(photos: CarPhotos, batches: Iterable, workers: int, pin: bool) -> DataLoader:
+    """Load `batches` of keys as (B, …, R, R, 3) uint8 crops and (B,) int64 labels."""
+    return DataLoader(
+        photos,
+        batch_sampler=batches,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=pin,
+        worker_init_fn=start_worker,
+    )
 
 
 @functools.cache
-def imagenet_mean_std(device: torch.device) -> torch.Tensor:
-    """Mean and standard deviation of ImageNet's RGB in 0…255: (2, 1, 3, 1, 1) float32 on `device`."""
-    return 255 * torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device).view(2, 1, 3, 1, 1)
+def imagenet_statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of RGB in 0…255: each (3, 1, 1) float32 on `device`."""
+    mean = 255 * torch.tensor(IMAGENET_MEAN, device=device)
+    std = 255 * torch.tensor(IMAGENET_STD, device=device)
+    return mean.view(3, 1, 1), std.view(3, 1, 1)
 
 
 def normalize(images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Move (B, R, R, 3) uint8 to `device` and normalise there: (B, 3, R, R) float32, channels_last."""
-    mean, std = imagenet_mean_std(device)
-    return images.to(device, non_blocking=True).movedim(-1, -3).sub(mean).div_(std)
+    """Move (B, R, R, 3) uint8 to `device`: (B, 3, R, R) float32, normalised, channels_last."""
+    mean, std = imagenet_statistics(device)
+    images = images.to(device, non_blocking=True).movedim(-1, -3)
+    return images.sub(mean).div_(std)
 
 
 # ---------------------------------------------------------------- model
 
 
 def pick_precision(device: torch.device, amp: bool) -> torch.dtype:
-    """The dtype for autocast: bfloat16 where `device` computes it natively, float16 on older GPUs, else float32."""
-    if amp and device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    # Private names: torch 2.10 has no public ones.
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if amp and native else torch.float32
+    """The dtype for autocast: float16 on CUDA, bfloat16 on a CPU that has it, else float32."""
+    if not amp:
+        return torch.float32
+    if device.type == "cuda":
+        return torch.float16
+    # Private names, because torch 2.10 has no public ones for this.
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16
+    return torch.float32
 
 
 def read_checkpoint(path: Path) -> dict:
-    """Read a checkpoint, or a bare state dict, of a ResNet-50 onto the CPU, running no code that the file may hold.
+    """Read a checkpoint, or a bare state dict, of a ResNet-50 onto the CPU.
 
-    Returns a dict whose `model` is the state dict, without the prefixes of torch.compile and DistributedDataParallel.
-    Raises InputError for anything else.
+    No code that the file may hold is run. Returns a dict whose `model` is the state dict, without
+    the prefixes of torch.compile and DistributedDataParallel. Raises InputError for all else.
     """
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of the formats of files that are then refused
+    with (
+        reported_as(f"{path} is damaged, or of another architecture than ResNet-50"),
+        warnings.catch_warnings(action="ignore"),  # They are about files that are refused then.
+    ):
+        try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint = checkpoint if isinstance(checkpoint.get("model"), dict) else {"model": checkpoint}
-        state = {re.sub(r"^((_orig_mod|module)\.)+", "", name): value for name, value in checkpoint["model"].items()}
-        shapes = {name: value.shape for name, value in state.items()}
+        except pickle.UnpicklingError:  # Its own message tells how to run the code in the file.
+            raise ValueError("it holds more than tensors and plain values") from None
+        if "model" not in checkpoint:
+            checkpoint = {"model": checkpoint.get("state_dict", checkpoint)}
+        prefix = re.compile(r"^((_orig_mod|module)\.)+")
+        state = {prefix.sub("", name): value for name, value in checkpoint["model"].items()}
         with torch.device("meta"):
-            expected = resnet50(num_classes=len(state["fc.bias"])).state_dict()
-    except pickle.UnpicklingError as error:
-        raise InputError(f"{path} is refused: it is damaged or holds more than tensors and plain values") from error
-    except Exception as error:  # whatever the readers of zip files and old formats raise, and dicts of other things
-        raise InputError(f"{path} cannot be read as a checkpoint of a ResNet-50: {first_line(error)}") from error
-    if shapes != {name: value.shape for name, value in expected.items()}:
-        raise InputError(f"{path} holds the weights of another architecture than ResNet-50")
-    if not all(value.isfinite().all() for value in state.values()):
+            model = resnet50(num_classes=len(state.get("fc.bias", ())))
+        model.load_state_dict(state, assign=True)
+        finite = all(value.isfinite().all() for value in model.state_dict().values())
+    if not finite:
         raise InputError(f"{path} holds weights that are not finite")
-    return {**checkpoint, "model": state}
+    checkpoint = {**checkpoint, "model": model.state_dict()}
+    check_fields(checkpoint, path)
+    return checkpoint
+
+
+def check_fields(checkpoint: dict, path: Path):
+    """Raise InputError where what stands beside the weights, if anything does, makes no sense."""
+    kinds = {"classes": list, "resolution": int, "epoch": int, "settings": dict, "history": list}
+    for name, kind in kinds.items():
+        if name in checkpoint and not isinstance(checkpoint[name], kind):
+            raise InputError(f"{path} is not of train.py: its {name} is no {kind.__name__}")
+    num_classes = len(checkpoint["model"]["fc.bias"])
+    if len(checkpoint.get("classes", range(num_classes))) != num_classes:
+        raise InputError(f"{path} names other than the {num_classes} classes of its fc")
+    if not 32 <= checkpoint.get("resolution", 32) <= 4096:
+        raise InputError(f"{path} says {checkpoint['resolution']} px, which is not 32 to 4096")
 
 
 def build_model(weights: str, num_classes: int) -> torch.nn.Module:
-    """ResNet-50 from a torchvision weights name, a checkpoint file, or "none", with a `num_classes`-way fc.
+    """ResNet-50 with a `num_classes`-way fc, from a torchvision name, a file, or "none".
 
-    The fc is new for torchvision's weights, and for a file with another number of classes. Raises InputError where
-    the weights cannot be had or are another architecture's.
+    The fc is new for torchvision's weights, and for a file with another number of classes.
+    Raises InputError where the weights cannot be had or are another architecture's.
     """
     model = resnet50(num_classes=num_classes)
     if weights == "none":
         return model
     if Path(weights).is_file():
         state = read_checkpoint(Path(weights))["model"]
-    elif weights in ResNet50_Weights.__members__:
-        try:
-            state = ResNet50_Weights[weights].get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
-        except Exception as error:  # no network, or a damaged file
-            advice = f"check the network, and delete a damaged file in {torch.hub.get_dir()}/checkpoints"
-            raise InputError(f"cannot load --weights {weights}: {first_line(error)}; {advice}") from error
+    elif weights in PRETRAINED:
+        socket.setdefaulttimeout(30)  # A proxy that never answers would be waited for for ever.
+        cache = f"{torch.hub.get_dir()}/checkpoints"
+        advice = f"check the network, and delete a damaged file in {cache}"
+        with reported_as(f"cannot load --weights {weights} ({advice})"):
+            show_bar = sys.stderr.isatty()
+            state = PRETRAINED[weights].get_state_dict(progress=show_bar, check_hash=True)
     else:
-        names = ", ".join(ResNet50_Weights.__members__)
+        names = ", ".join(PRETRAINED)
         raise InputError(f"--weights {weights} is neither a file nor one of {names}, none")
-    if weights in ResNet50_Weights.__members__ or len(state["fc.bias"]) != num_classes:
+    if weights in PRETRAINED or len(state["fc.bias"]) != num_classes:
         del state["fc.weight"], state["fc.bias"]
     model.load_state_dict(state, strict=False)
     return model
 
 
+def compile_full_batches(network: torch.nn.Module, batch_size: int) -> Callable:
+    """torch.compile `network` for batches of `batch_size`.
+
+    An epoch's last batch is smaller, and not worth a second compilation.
+    """
+    compiled = torch.compile(network)
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        if len(images) == batch_size:
+            return compiled(images)
+        return network(images)
+
+    return forward
+
+
 # ---------------------------------------------------------------- one epoch, one evaluation
 
 
-def sum_over_processes(values: torch.Tensor) -> list[float]:
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values.tolist()
+def train_one_epoch(forward, batches, batch_sizes, device, autocast, optimizer, scaler) -> dict:
+    """Take a step for each of `batches`: (B, R, R, 3) uint8 crops and (B,) int64 labels.
 
-
-def train_one_epoch(epoch, forward, batches, sizes, optimizer, scaler, autocast) -> tuple[float, ...]:
-    """Take a step for each of `batches`, of (B, R, R, 3) uint8 crops and (B,) labels: this process's part of `sizes`.
-
-    Returns mean loss and accuracy (0…1), over all processes, the share (0…1) of its time that this one waited for
-    photos, and the seconds of the first step. Raises InputError where a loss is not finite.
+    Under torchrun they are this process's part of batches of `batch_sizes` photos. Returns mean
+    loss and accuracy (0…1) over all processes, train photos per second, and the share (0…1) of
+    the time that this process waited for photos.
     """
-    losses, correct, first, waited, start = [], 0, None, 0.0, time.perf_counter()
-    asked, ranks = start, dist.get_world_size() if dist.is_initialized() else 1
-    for (images, targets), size in zip(batches, sizes, strict=True):
-        waited += time.perf_counter() - asked
+    hidden = RANK > 0 or None  # None shows the bar where standard error is a terminal.
+    batches = tqdm(batches, "train", len(batch_sizes), leave=False, disable=hidden)
+    loss_sum, correct = sums = torch.zeros(2, dtype=torch.float64, device=device)
+    waited = 0.0
+    start = time.perf_counter()
+    step_end = start
+    for (images, targets), batch_size in zip(batches, batch_sizes, strict=True):
+        waited += time.perf_counter() - step_end
+        targets = targets.to(device, non_blocking=True)
         with autocast:
-            logits = forward(images)
-            targets = targets.to(logits.device, non_blocking=True)
-            loss = F.cross_entropy(logits, targets, reduction="sum") / size
+            logits = forward(normalize(images, device))
+            batch_loss = F.cross_entropy(logits, targets, reduction="sum")
+            # DistributedDataParallel takes the mean over the processes, whatever their shares.
+            loss = batch_loss * PROCESSES / batch_size
         optimizer.zero_grad()
-        scaler.scale(loss * ranks).backward()  # DistributedDataParallel takes the mean over the processes
+        scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        losses.append(loss.detach().double())  # left on the device: .item() here would make the CPU wait for the GPU
+        # Summed on the device: .item() would make the CPU wait for the GPU in every step.
+        loss_sum += batch_loss.detach()
         correct += (logits.argmax(1) == targets).sum()
-        asked = time.perf_counter()
-        first = first or asked - start
-    *losses, correct = sum_over_processes(torch.stack([*losses, correct.double()]))
-    for step, loss in enumerate(losses, 1):
-        if not math.isfinite(loss):
-            raise InputError(f"the loss is {loss} in epoch {epoch}, step {step}: use a smaller --lr; {AS_BEFORE}")
-    share = waited / (time.perf_counter() - start)
-    return float(np.average(losses, weights=sizes)), correct / sum(sizes), share, first
+        step_end = time.perf_counter()
+    if PROCESSES > 1:
+        dist.all_reduce(sums)
+    photos = sum(batch_sizes)
+    train_loss, train_accuracy = (sums / photos).tolist()  # Here the CPU waits for the GPU.
+    seconds = time.perf_counter() - start
+    return {
+        "train_loss": train_loss,
+        "train_accuracy": train_accuracy,
+        "photos_per_second": photos / seconds,
+        "input_wait": waited / seconds,
+    }
 
 
 @torch.no_grad()
-def evaluate(epoch, forward, batches, autocast, device: torch.device) -> tuple[float, float]:
-    """Mean loss and accuracy (0…1), over all processes' `batches` of (B, R, R, 3) uint8 crops and (B,) labels.
-
-    Raises InputError where the loss is not finite.
-    """
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, photos
+def evaluate(forward, batches, device, autocast) -> dict:
+    """Mean loss and accuracy (0…1), over all processes, of crops and labels as in training."""
+    loss_sum, correct, photos = sums = torch.zeros(3, dtype=torch.float64, device=device)
     for images, targets in batches:
         targets = targets.to(device, non_blocking=True)
         with autocast:
-            logits = forward(images).float()
-        sums[0] += F.cross_entropy(logits, targets, reduction="sum")
-        sums[1] += (logits.argmax(1) == targets).sum()
-        sums[2] += len(targets)
-    loss, correct, photos = sum_over_processes(sums)
-    if not math.isfinite(loss):
-        raise InputError(f"the test loss is {loss} after epoch {epoch}: use a smaller --lr; {AS_BEFORE}")
-    return loss / photos, correct / photos
+            logits = forward(normalize(images, device)).float()
+        loss_sum += F.cross_entropy(logits, targets, reduction="sum")
+        correct += (logits.argmax(1) == targets).sum()
+        photos += len(targets)
+    if PROCESSES > 1:
+        dist.all_reduce(sums)
+    return {"test_loss": (loss_sum / photos).item(), "test_accuracy": (correct / photos).item()}
 
 
 # ---------------------------------------------------------------- what a run writes
@@ -394,60 +474,67 @@ def evaluate(epoch, forward, batches, autocast, device: torch.device) -> tuple[f
 
 @contextlib.contextmanager
 def whole_file(path: Path):
-    """Give a name beside `path` to write to, and move it over `path` at the end: there whole, or not at all.
+    """Give a name beside `path` to write to, and move it over `path` once it is whole.
 
     Raises InputError where it cannot be written; `path` is then as it was.
     """
     draft = path.with_name(f".partial-{path.name}")
+    free = shutil.disk_usage(path.parent).free / 1e6
+    before = "what was there before is whole"
     try:
-        yield draft
-        os.replace(draft, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-        raise InputError(f"cannot write {path}: {first_line(error)}; what was there before is whole") from error
+        with reported_as(f"cannot write {path} ({before}; {free:.0f} MB are free)"):
+            yield draft
+            os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
 
 
 def make_output_dir(folder: Path):
     """Make `folder` where it is missing; raises InputError where nothing can be written there."""
-    try:
+    with reported_as(f"cannot write to --output-dir {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise InputError(f"cannot write to --output-dir {folder}: {error.strerror}") from error
 
 
-def write_results(checkpoint: dict, output_dir: Path):
-    """Bring best_model.pth, history.csv and training_curves.png up to `checkpoint`, which holds all they need."""
-    if checkpoint["best_epoch"] == checkpoint["epoch"]:
-        best = {key: checkpoint[key] for key in ("model", "classes", "epoch", "settings")}
-        best |= {"resolution": best["settings"]["resolution"], "test_accuracy": checkpoint["best_accuracy"]}
+def best_epoch(history: list[dict]) -> dict:
+    """The first of the epochs with the best test accuracy."""
+    return max(history, key=lambda row: row["test_accuracy"])
+
+
+def save_run(checkpoint: dict, output_dir: Path):
+    """Write last_checkpoint.pth, which holds the whole run, and then what follows from it."""
+    with whole_file(output_dir / "last_checkpoint.pth") as draft:
+        torch.save(checkpoint, draft)
+    history = checkpoint["history"]
+    best = best_epoch(history)
+    if best is history[-1]:
+        names = ("model", "classes", "resolution", "epoch", "settings")
+        best_model = {name: checkpoint[name] for name in names}
+        best_model["test_accuracy"] = best["test_accuracy"]
         with whole_file(output_dir / "best_model.pth") as draft:
-            torch.save(best, draft)
+            torch.save(best_model, draft)
     with whole_file(output_dir / "history.csv") as draft, open(draft, "w", newline="") as file:
-        rows = csv.DictWriter(file, checkpoint["history"][-1])
+        rows = csv.DictWriter(file, history[-1])
         rows.writeheader()
-        rows.writerows(checkpoint["history"])
+        rows.writerows(history)
     with whole_file(output_dir / "training_curves.png") as draft:
-        plot_history(checkpoint["history"]).savefig(draft, format="png")
+        plot_history(history).savefig(draft, format="png")
 
 
 def plot_history(history: list[dict]) -> Figure:
-    """Loss and accuracy of both splits by epoch, with each change of the learning rate marked."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
-    positive = all(row["train_loss"] > 0 and row["test_loss"] > 0 for row in history)
-    loss.set(ylabel="cross-entropy loss", yscale="log" if positive else "linear")  # early epochs reach far up
-    accuracy.set(ylabel="accuracy (%)")
-    for axes, measure, scale in ((loss, "loss", 1), (accuracy, "accuracy", 100)):
+    """Loss and accuracy of both splits by epoch, with a dotted line at each change of lr."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")  # inches
+    loss_axes, accuracy_axes = figure.subplots(1, 2)
+    loss_axes.set(ylabel="cross-entropy loss", yscale="log")
+    accuracy_axes.set(ylabel="accuracy (0…1)")
+    epochs = [row["epoch"] for row in history]
+    for axes, measure in ((loss_axes, "loss"), (accuracy_axes, "accuracy")):
         for split in ("train", "test"):
-            values = [scale * row[f"{split}_{measure}"] for row in history]
-            axes.plot([row["epoch"] for row in history], values, marker=".", label=split)
+            values = [row[f"{split}_{measure}"] for row in history]
+            axes.plot(epochs, values, marker=".", label=split)
         for before, after in itertools.pairwise(history):
             if before["lr"] != after["lr"]:
                 axes.axvline(after["epoch"] - 0.5, color="grey", linestyle=":")
-                place = dict(xy=(after["epoch"] - 0.5, 1.01), xycoords=("data", "axes fraction"), ha="center")
-                axes.annotate(f"lr {after['lr']:.2g}", color="grey", **place)
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
@@ -458,255 +545,408 @@ def plot_history(history: list[dict]) -> Figure:
 # ---------------------------------------------------------------- command line
 
 
-def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None, **limits) -> argparse.Namespace:
-    """Parse `argv` (None: the command line); wrong flags and numbers outside `limits` end in one line, status 2."""
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see --help)\n")
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with a flag."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def number(kind: type, low: float, high: float) -> Callable[[str], float]:
+    """A type for argparse: a number of `kind` from `low` to `high`."""
+
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is no {kind.__name__} from {low:g} to {high:g}")
+
+    return parse
+
+
+def parse_args(argv: list[str] | None, settings: dict | None = None) -> argparse.Namespace:
+    """The flags; `settings` of a run to resume take the place of the recipe's defaults."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    # fmt: off
+    parser = Parser(description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    on_or_off = argparse.BooleanOptionalAction
+
+    add("--dataset", default=DEFAULT_DATASET, help="Hub data set or local folder (%(default)s)")
+    add("--weights", default="IMAGENET1K_V2",
+        help="torchvision weights name, state dict file or none (%(default)s)")
+    add("--resolution", type=number(int, 32, 4096), default=224,
+        help="side of the crops in pixels (%(default)s)")
+    add("--batch-size", type=number(int, 1, 65536), default=128,
+        help="photos in a step, over all devices (%(default)s)")
+    add("--epochs", type=number(int, 1, 100_000), default=90,
+        help="passes over the train split (%(default)s)")
+    add("--lr", type=number(float, 1e-9, 1000),
+        help="learning rate of the first epochs (0.1 × batch size / 128)")
+    add("--momentum", type=number(float, 0, 1), default=0.9, help="of SGD (%(default)s)")
+    add("--weight-decay", type=number(float, 0, 1), default=1e-4, help="of SGD (%(default)s)")
+    add("--step-size", type=number(int, 1, 100_000), default=30,
+        help="epochs after which lr is divided by 10 (%(default)s)")
+    add("--seed", type=number(int, 0, 2**32), default=0,
+        help="of the new fc, the order of the photos and their crops (%(default)s)")
+    add("--workers", type=number(int, 0, 256), default=WORKERS,
+        help="processes that decode photos, for each split and each GPU (%(default)s)")
+    add("--output-dir", type=Path, default=".", help="for what the run writes (%(default)s)")
+    add("--amp", action=on_or_off, default=True, help="mixed precision, where it is native (on)")
+    add("--compile", action=on_or_off, default=torch.cuda.is_available(),
+        help="torch.compile (on for CUDA)")
+    exclusive = parser.add_mutually_exclusive_group()
+    exclusive.add_argument("--resume", action="store_true",
+        help="go on after the last finished epoch, with its settings")
+    exclusive.add_argument("--overwrite", action="store_true",
+        help="replace the run that the output folder holds")
+    # fmt: on
+
+    parser.set_defaults(**(settings or {}))
     args = parser.parse_args(argv)
-    for name, (low, high) in limits.items():
-        if (value := getattr(args, name)) is not None and not low <= value <= high:
-            parser.error(f"--{name.replace('_', '-')} {value:g} is not between {low:g} and {high:g}")
+    if Path(args.dataset).is_dir():
+        args.dataset = str(Path(args.dataset).resolve())  # eval.py may look from another folder.
+    if args.lr is None:
+        args.lr = 0.1 * args.batch_size / 128
     return args
 
 
-def parse_args(argv: list[str] | None, defaults: dict) -> argparse.Namespace:
-    """The flags of train.py; `defaults` go before the recipe's."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, choice = parser.add_argument, argparse.BooleanOptionalAction
-    add("--dataset", default=DEFAULT_DATASET, help="Hub data set or local folder (%(default)s)")
-    add("--weights", default="IMAGENET1K_V2", help="torchvision weights name, state dict file or none (%(default)s)")
-    add("--resolution", type=int, default=224, help="side of the crops in pixels (%(default)s)")
-    add("--batch-size", type=int, default=128, help="photos in a step, over all devices (%(default)s)")
-    add("--epochs", type=int, default=90, help="passes over the train split (%(default)s)")
-    add("--lr", type=float, help="learning rate of the first epochs (0.1 × batch size / 128)")
-    add("--momentum", type=float, default=0.9, help="momentum of SGD (%(default)s)")
-    add("--weight-decay", type=float, default=1e-4, help="weight decay of SGD (%(default)s)")
-    add("--step-size", type=int, default=30, help="epochs after which lr is divided by 10 (%(default)s)")
-    add("--seed", type=int, default=0, help="seed of the new fc, the order of photos and the crops (%(default)s)")
-    add("--workers", type=int, default=WORKERS, help="processes that decode photos (cores, at most 16: %(default)s)")
-    add("--output-dir", type=Path, default=".", help="folder for what the run writes (%(default)s)")
-    after = parser.add_mutually_exclusive_group()
-    after.add_argument("--resume", action="store_true", help="go on after the last finished epoch, with its settings")
-    after.add_argument("--overwrite", action="store_true", help="replace the run that the output folder holds")
-    add("--amp", action=choice, default=True, help="mixed precision, where the device computes it natively (on)")
-    add("--compile", action=choice, default=torch.cuda.is_available(), help="torch.compile (on for CUDA, else off)")
-    parser.set_defaults(**defaults)
-    limits = dict(resolution=(32, 4096), batch_size=(1, 65536), epochs=(1, 100000), lr=(1e-9, 1e3), momentum=(0, 1))
-    limits |= dict(weight_decay=(0, 1), step_size=(1, 100000), seed=(0, 2**32), workers=(0, 256))
-    return parse_flags(parser, argv, **limits)
+def open_run(argv: list[str] | None) -> tuple:
+    """Read the flags, lock the output folder, and read the run that it holds, if it is resumed.
+
+    Returns the flags, the checkpoint or None, and the lock, which the end of the process frees.
+    Raises InputError where the folder is in use or cannot be written, holds a run that the flags
+    neither resume nor overwrite, or holds a run with other settings.
+    """
+    args = parse_args(argv)
+    folder = args.output_dir
+    make_output_dir(folder)
+    lock = filelock.FileLock(folder / ".lock", blocking=False)
+    if RANK == 0:
+        try:
+            lock.acquire()
+        except filelock.Timeout as error:
+            raise InputError(f"another run is writing to --output-dir {folder}") from error
+
+    last = folder / "last_checkpoint.pth"
+    names = (last.name, "best_model.pth", "history.csv")
+    present = [name for name in names if (folder / name).exists()]
+    if args.overwrite or not present:
+        return args, None, lock
+    if not args.resume:
+        raise InputError(
+            f"{folder} holds a run already ({', '.join(present)}): go on with it with --resume, "
+            "replace it with --overwrite, or choose another --output-dir"
+        )
+    checkpoint = read_checkpoint(last)
+    needed = ("settings", "classes", "photos", "history", "optimizer", "scheduler", "scaler")
+    if not all(name in checkpoint for name in needed):
+        raise InputError(f"{last} is no checkpoint to resume: it needs {', '.join(needed)}")
+    args = parse_args(argv, checkpoint["settings"])
+    for name in SETTINGS:
+        now = getattr(args, name)
+        before = checkpoint["settings"].get(name)
+        if now != before and not (name == "epochs" and now > before):
+            flag = f"--{name.replace('_', '-')} {now}"
+            raise InputError(f"{flag} differs from the {before} of the run to resume in {folder}")
+    return args, checkpoint, lock
+
+
+# ---------------------------------------------------------------- process
+
+
+def explain(error: Exception) -> str:
+    """One line for an error of torch or of the system that a user can do something about, or ""."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU's memory is full: choose a smaller --batch-size or --resolution"
+    if isinstance(error, torch._dynamo.exc.TorchDynamoException):
+        return f"torch.compile failed ({reason(error)}): try again with --no-compile"
+    if "no kernel image" in text:
+        return "this build of torch was not made for this GPU: install one that was"
+    if "/torch_" in text or "shared memory" in text or "shm" in text:
+        size = shutil.disk_usage("/dev/shm").total / 1e6
+        cure = "give the container more with --shm-size or --ipc=host, or use --workers 0"
+        return f"the shared memory in /dev/shm ({size:.0f} MB) is too small: {cure}"
+    if "DataLoader worker" in text:
+        return f"{reason(error)} Where memory was short, use fewer --workers"
+    if PROCESSES > 1 and ("peer" in text or isinstance(error, dist.DistError)):
+        return "another process of this run has ended: its own message tells why"
+    if isinstance(error, OSError):
+        return reason(error)
+    return ""
 
 
 def run_command(main: Callable[[], None]) -> int:
-    """Call `main` and return the exit status; what a user can put right becomes one line on standard error."""
-    rank = int(os.environ.get("RANK", 0))
-    if "RANK" not in os.environ:  # under torchrun, end at once: a handler would wait for the other processes
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
+    """Call `main` and return the exit status; what a user can put right becomes one line."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # A console that cannot show "×" shows "?".
     try:
         main()
+        sys.stdout.flush()
         return 0
-    except InputError as error:  # behind a worker's traceback, where it comes from a worker
-        message, status = str(error).rstrip().rpartition("InputError: ")[2], 1
-    except KeyboardInterrupt as stop:
-        message, status = str(stop) or "stopped", 130
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            message = "the GPU's memory is full: choose a smaller --batch-size or --resolution"
-        elif "DataLoader worker" in str(error):
-            message = f"{first_line(error)} Finished epochs are saved; with less memory, use fewer --workers"
-        else:
+    except InputError as error:
+        # It stands behind the traceback of a worker, where it comes from a worker.
+        message = str(error).rstrip().rpartition("InputError: ")[2]
+    except BrokenPipeError:
+        # Whoever reads the output, as head does, wants no more of it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (OSError, RuntimeError) as error:
+        message = explain(error)
+        if not message:
             raise
-        status = 1
-    threading.excepthook = lambda error: None  # a loader's threads that the end cuts off have nothing to add
-    print(f"{Path(sys.argv[0]).name}{f' (rank {rank})' * (rank > 0)}: {message}", file=sys.stderr)
-    return status
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    return 1
 
 
-def join_processes() -> tuple[torch.device, int, int]:
-    """The device of this process, its rank, and the number of processes: those that torchrun started, or one."""
-    set_by_torchrun = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-    rank, ranks, local = (int(os.environ.get(name, default)) for name, default in set_by_torchrun.items())
-    cuda = torch.cuda.is_available()
-    if cuda and local >= torch.cuda.device_count():
-        raise InputError(f"this machine has {torch.cuda.device_count()} GPUs: start that many processes, at most")
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if ranks > 1:
-        store, *_ = next(dist.rendezvous("env://"))
-        if ranks == LOCAL_RANKS:  # one store outlives torchrun's restarts: no process may read what a dead one left
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        backend = "nccl" if cuda else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, device_id=device if cuda else None)
-    return device, rank, ranks
+def end_on_signals(output_dir: Path):
+    """Make Ctrl-C and SIGTERM end the process at once, with a line that says how to go on.
 
-
-def open_run(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
-    """Read the flags, and the checkpoint if they say --resume and there is one, whose settings they then default to.
-
-    Raises InputError where the output folder cannot be written, where it holds a run that the flags neither resume
-    nor overwrite, and where a flag differs from the settings of the run to resume.
+    A kill loses nothing, so that nothing has to be tidied up. An exception instead can be lost in
+    a destructor, and draws tracebacks from threads and workers.
     """
-    args = parse_args(argv, {})
-    make_output_dir(args.output_dir)
-    names = ("last_checkpoint.pth", "best_model.pth", "history.csv")
-    found = [args.output_dir / name for name in names if (args.output_dir / name).exists()]
-    if args.overwrite or not found:
-        return args, None
-    try:
-        run = read_checkpoint(found[0])
-        accuracy, settings = run.get("best_accuracy", run.get("test_accuracy")), run["settings"]
-        what = f"{settings['resolution']} px, epoch {run['epoch']}, best test accuracy {percent(accuracy)}"
-    except (InputError, KeyError, TypeError) as error:
-        what, run = first_line(error), {}
-    if not args.resume or "optimizer" not in run:
-        raise InputError(
-            f"{args.output_dir} holds a run already ({found[0].name}: {what}): replace it with --overwrite, "
-            "choose another --output-dir" + ", or go on with it with --resume" * ("optimizer" in run)
-        )
-    args = parse_args(argv, settings)
-    for name, before in settings.items():
-        if (now := getattr(args, name)) != before and not (name == "epochs" and now > before):
-            flag = f"--{name.replace('_', '-')}"
-            raise InputError(f"{flag} {now} differs from the {before} of the run to resume in {args.output_dir}")
-    return args, run
+
+    def end(signal_number, frame):
+        if multiprocessing.parent_process() is None:  # This is no worker that has yet to start.
+            how = "nothing is saved yet"
+            if (output_dir / "last_checkpoint.pth").exists():
+                folder = shlex.quote(str(output_dir))
+                how = f"go on with: python train.py --resume --output-dir {folder}"
+            os.write(2, f"train.py: stopped; {how}\n".encode())
+        os._exit(128 + signal_number)
+
+    # Under torchrun the default stays: no handler runs while a process waits for the others.
+    if PROCESSES == 1:
+        signal.signal(signal.SIGINT, end)
+        signal.signal(signal.SIGTERM, end)
+
+
+def start_process() -> torch.device:
+    """Join the processes that torchrun started, if it did; returns the device of this one."""
+    if RANK > 0 and PROCESSES == 1:
+        raise InputError(f"RANK is {RANK} and WORLD_SIZE is not set: start it with torchrun")
+    torch.set_float32_matmul_precision("high")  # TF32
+    torch.backends.cudnn.benchmark = True
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if LOCAL_PROCESSES > torch.cuda.device_count():
+            count = torch.cuda.device_count()
+            raise InputError(f"this machine has {count} GPUs: start that many processes, at most")
+        device = torch.device("cuda", LOCAL_RANK)
+        torch.cuda.set_device(device)
+    if PROCESSES == 1:
+        return device
+
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        timeout=datetime.timedelta(hours=2),  # The others wait while one downloads.
+        device_id=device if device.type == "cuda" else None,
+    )
+    return device
+
+
+@contextlib.contextmanager
+def one_process_first():
+    """On each machine, let one process do what others then find done: downloads, caches."""
+    if PROCESSES > 1 and LOCAL_RANK > 0:
+        dist.barrier()
+    yield
+    if PROCESSES > 1 and LOCAL_RANK == 0:
+        dist.barrier()
+
+
+def check_processes_agree(settings: dict, checkpoint: dict | None):
+    """Raise InputError where torchrun's processes differ in their flags, or in what they resume."""
+    if PROCESSES == 1:
+        return
+    epochs_done = len(checkpoint["history"]) if checkpoint else 0
+    starts = [None] * PROCESSES
+    dist.all_gather_object(starts, (settings, epochs_done))
+    if any(start != starts[0] for start in starts):
+        advice = "give each the same flags, and an --output-dir that all share"
+        raise InputError(f"the processes differ in settings, or in the run to resume: {advice}")
+
+
+def plan_batches(args: argparse.Namespace, photos: int) -> list[int]:
+    """The sizes of an epoch's batches. Raises InputError where the processes cannot share them."""
+    sizes = [min(args.batch_size, photos - start) for start in range(0, photos, args.batch_size)]
+    flag = f"--batch-size {args.batch_size}"
+    if args.batch_size > photos or args.batch_size % PROCESSES:
+        limit = f"at most the {photos} train photos, and a multiple of the {PROCESSES} processes"
+        raise InputError(f"{flag} does not fit: it has to be {limit}")
+    # Batch norm needs two values: at 32 px the last feature map of a photo has just one.
+    fewest = 2 * PROCESSES if args.resolution == 32 else PROCESSES
+    if sizes[-1] < fewest:
+        rest = f"a last batch of {sizes[-1]}, too small for {PROCESSES} process(es)"
+        raise InputError(f"{flag} leaves {rest} at --resolution {args.resolution}: choose another")
+    return sizes
+
+
+def load_test_batches(photos: datasets.Dataset, args: argparse.Namespace, pin: bool) -> Iterable:
+    """This process's test crops, to go over in each epoch: a list, or a loader if they are large.
+
+    Test crops never change, so that they are decoded once where memory is not short.
+    """
+    batches = split_into_batches(range(len(photos)), args.batch_size, 0, RANK, PROCESSES)
+    own_batches = [batch for batch in batches if batch]
+    crops = CarPhotos(photos, center_crop, args.resolution)
+    if len(photos) * 3 * args.resolution**2 > KEPT_CROPS_LIMIT:
+        return make_loader(crops, own_batches, args.workers, pin)
+    loader = make_loader(crops, own_batches, args.workers, pin=False)
+    # Copied, because what a worker hands over takes shared memory, and containers have little.
+    return [(images.clone(), targets.clone()) for images, targets in loader]
+
+
+def resume_run(checkpoint: dict, run: dict, stateful: dict, output_dir: Path) -> list[dict]:
+    """Put the parts of `stateful` into the states of `checkpoint`; returns its history."""
+    for name in ("classes", "photos"):
+        if checkpoint[name] != run[name]:
+            dataset = run["settings"]["dataset"]
+            raise InputError(f"--dataset {dataset} has changed since the run began: other {name}")
+    fused = stateful["optimizer"].param_groups[0]["fused"]
+    for name, part in stateful.items():
+        if checkpoint[name]:  # The scaler of a run without float16 has no state.
+            part.load_state_dict(checkpoint[name])
+    # The run may come from another device, where the optimizer's step was another function.
+    stateful["optimizer"].param_groups[0]["fused"] = fused
+    if RANK == 0:
+        save_run(checkpoint, output_dir)  # A kill may have come between the files of an epoch.
+        if not (output_dir / "best_model.pth").exists():
+            best = best_epoch(checkpoint["history"])["epoch"]
+            print(f"best_model.pth of epoch {best} is gone: a better epoch writes it again")
+    return checkpoint["history"]
+
+
+def print_plan(args, run: dict, device: torch.device, precision: torch.dtype, epochs_done: int):
+    name = f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
+    compiled = ", torch.compile" if args.compile else ""
+    resumed = f", resumed after epoch {epochs_done}" if epochs_done else ""
+    photos = run["photos"]
+    print(
+        f"device  {PROCESSES} × {name}; {precision}, channels_last{compiled}; "
+        f"{args.workers} workers\n"
+        f"data    {args.dataset}: {photos['train']} train and {photos['test']} test photos, "
+        f"{len(run['classes'])} classes\n"
+        f"model   ResNet-50, nothing frozen, weights {args.weights}\n"
+        f"recipe  {args.resolution} px, batch {args.batch_size}, {args.epochs} epochs, "
+        f"seed {args.seed}\n"
+        f"        SGD, lr {args.lr:g}, divided by 10 every {args.step_size} epochs, "
+        f"momentum {args.momentum:g}, weight decay {args.weight_decay:g}\n"
+        f"output  {args.output_dir}{resumed}",
+        flush=True,
+    )
+
+
+def print_epoch(row: dict, epochs: int, is_first: bool):
+    minutes_left = (epochs - row["epoch"]) * row["seconds"] / 60
+    left = "" if is_first else f"  {minutes_left:.1f} min left"  # The first one took longer.
+    print(
+        f"epoch {row['epoch']}/{epochs}  lr {row['lr']:.3g}  "
+        f"train loss {row['train_loss']:.4f} acc {row['train_accuracy']:.2%}  "
+        f"test loss {row['test_loss']:.4f} acc {row['test_accuracy']:.2%}  "
+        f"{row['seconds']:.1f} s  {row['photos_per_second']:.1f} photos/s  "
+        f"{row['input_wait']:.0%} waiting for photos{left}",
+        flush=True,
+    )
+
+
+def print_summary(history: list[dict]):
+    best = best_epoch(history)
+    minutes = sum(row["seconds"] for row in history) / 60
+    print(
+        f"best test accuracy {best['test_accuracy']:.2%} in epoch {best['epoch']}, chosen on the "
+        f"test split; last epoch {history[-1]['test_accuracy']:.2%}; {minutes:.1f} min in all"
+    )
 
 
 def main(argv: list[str] | None = None):
-    args, checkpoint = open_run(argv)
-    scaled = "" if args.lr else f" (0.1 × {args.batch_size}/128)"
-    args.lr = args.lr or 0.1 * args.batch_size / 128
-    settings = {name: getattr(args, name) for name in SETTINGS}
+    args, checkpoint, lock = open_run(argv)
+    end_on_signals(args.output_dir)
+    device = start_process()
+    cuda = device.type == "cuda"
+    settings = {name: getattr(args, name) for name in ("dataset", *SETTINGS)}
+    check_processes_agree(settings, checkpoint)
 
-    device, rank, ranks = join_processes()
-    dtype = pick_precision(device, args.amp)
-    torch.set_float32_matmul_precision("high")  # TF32
-    torch.backends.cudnn.benchmark = True
-    if ranks > 1 and os.environ["LOCAL_RANK"] != "0":
-        dist.barrier()  # the first process of each machine downloads and prepares the data and the weights
-    cars = load_cars(args.dataset)
-    data, classes = fingerprint(cars), cars["train"].features["label"].names
-    torch.manual_seed(args.seed)
-    model = build_model("none" if checkpoint else args.weights, len(classes))
-    if ranks > 1 and os.environ["LOCAL_RANK"] == "0":
-        dist.barrier()
-    train_count, test_count = len(cars["train"]), len(cars["test"])
-    sizes = [min(args.batch_size, train_count - start) for start in range(0, train_count, args.batch_size)]
-    if checkpoint and checkpoint["data"] != data:
-        raise InputError(f"--dataset {args.dataset} has changed since the run in {args.output_dir} was started")
-    if args.batch_size > train_count or args.batch_size % ranks:
-        limit = f"at most the {train_count} train photos, and a multiple of the {ranks} processes"
-        raise InputError(f"--batch-size {args.batch_size} does not fit: it has to be {limit}")
-    if min(sizes) < ranks or (args.resolution == 32 and min(sizes) < 2 * ranks):
-        few = f"a batch of {min(sizes)}, too small for {ranks} process(es) at --resolution {args.resolution}"
-        raise InputError(f"--batch-size {args.batch_size} leaves {few}: choose another")
+    with one_process_first():
+        cars = load_cars(args.dataset)
+        classes = cars["train"].features["label"].names
+        torch.manual_seed(args.seed)
+        model = build_model("none" if checkpoint else args.weights, len(classes))
+    photos = {split: len(cars[split]) for split in cars}
+    batch_sizes = plan_batches(args, photos["train"])
+    run = {
+        "settings": settings,
+        "resolution": args.resolution,
+        "classes": classes,
+        "photos": photos,
+    }
 
-    model = model.to(device, memory_format=torch.channels_last)
-    network = DistributedDataParallel(model, [device] if device.type == "cuda" else None) if ranks > 1 else model
-    compiled, compiled_test = (torch.compile(module) if args.compile else module for module in (network, model))
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
+    model.to(device, memory_format=torch.channels_last)
+    network = DistributedDataParallel(model) if PROCESSES > 1 else model
+    train_forward = network
+    test_forward = model
+    if args.compile:
+        train_forward = compile_full_batches(network, args.batch_size // PROCESSES)
+        test_forward = compile_full_batches(model, args.batch_size // PROCESSES)
+    optimizer = torch.optim.SGD(
+        model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=cuda
+    )
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.step_size, gamma=0.1)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    parts = dict(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
+    precision = pick_precision(device, args.amp)
+    autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    stateful = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
     history = []
     if checkpoint:
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
-        history = checkpoint["history"]
-        if rank == 0:
-            write_results(checkpoint, args.output_dir)  # the run may have been killed before it did
-
-    full = args.batch_size // ranks  # the last batch is smaller, and not worth a second compilation
-
-    def forward(images: torch.Tensor) -> torch.Tensor:
-        return (compiled if len(images) == full else network)(normalize(images, device))
-
-    def infer(images: torch.Tensor) -> torch.Tensor:
-        return (compiled_test if len(images) == full else model)(normalize(images, device))
+        history = resume_run(checkpoint, run, stateful, args.output_dir)
 
     epochs = range(len(history) + 1, args.epochs + 1)
-    keys = batch_keys(train_count, args.batch_size, epochs, args.seed, rank, ranks)
-    photos = CarPhotos(cars["train"], random_crop, args.resolution, args.seed)
-    train_batches = iter(make_loader(photos, keys, args.workers, device))
-    test_keys = [keys for keys in batch_keys(test_count, args.batch_size, rank=rank, ranks=ranks) if keys]
-    crop_bytes = test_count * 3 * args.resolution**2 * LOCAL_RANKS // ranks  # on this machine
-    keep, kept = crop_bytes < free_memory() / 2, []
-    photos = CarPhotos(cars["test"], center_crop, args.resolution)
-    # These workers start now, too: a fork in mid-run would make a large process copy each page that it then writes.
-    keys = test_keys * len(epochs[:1] if keep else epochs)
-    test_batches = iter(make_loader(photos, keys, args.workers, device))
+    test_batches = load_test_batches(cars["test"], args, pin=cuda)
+    train_photos = CarPhotos(cars["train"], random_crop, args.resolution, args.seed)
+    keys = shuffled_batches(photos["train"], args.batch_size, epochs, args.seed)
+    train_batches = iter(make_loader(train_photos, keys, args.workers, pin=cuda))
+    if RANK == 0:
+        print_plan(args, run, device, precision, len(history))
 
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    if rank == 0:
-        print(
-            f"""\
-device  {ranks} × {name}; {str(dtype)[6:]}, channels_last{", torch.compile" * args.compile}; {args.workers} workers
-data    {args.dataset}: {train_count} train and {test_count} test photos, {len(classes)} classes
-        test crops ({crop_bytes / 1e9:.2f} GB) are {"kept in memory" if keep else "decoded again each epoch"}
-model   ResNet-50, all {sum(p.numel() for p in model.parameters()):,} parameters, weights {args.weights}
-recipe  {args.resolution} px, batch {args.batch_size}, {args.epochs} epochs of {len(sizes)} steps, seed {args.seed}
-        SGD, lr {args.lr:g}{scaled}, divided by 10 every {args.step_size} epochs,
-        momentum {args.momentum:g}, weight decay {args.weight_decay:g}
-output  {args.output_dir}{f", resumed after epoch {len(history)}" if history else ""}""",
-            flush=True,
+    epoch_start = time.perf_counter()
+    for epoch in epochs:
+        model.train()
+        batches = itertools.islice(train_batches, len(batch_sizes))
+        trained = train_one_epoch(
+            train_forward, batches, batch_sizes, device, autocast, optimizer, scaler
         )
+        model.eval()
+        if PROCESSES > 1:
+            # Each process has the batch norm statistics of its own photos.
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+        tested = evaluate(test_forward, test_batches, device, autocast)
+        if not math.isfinite(trained["train_loss"] + tested["test_loss"]):
+            advice = "use a smaller --lr; what the epochs before wrote is whole"
+            raise InputError(f"the loss is not finite in epoch {epoch}: {advice}")
 
-    epoch, start = len(history), time.perf_counter()
-    try:
-        for epoch in epochs:
-            train_start, title = time.perf_counter(), f"epoch {epoch}/{args.epochs}"
-            batches = itertools.islice(train_batches, len(sizes))
-            bar = tqdm(batches, title, len(sizes), leave=False, disable=True if rank else None)
-            model.train()
-            trained = train_one_epoch(epoch, forward, bar, sizes, optimizer, scaler, autocast)
-            train_loss, train_accuracy, waited, first = trained
-            rate = train_count / (time.perf_counter() - train_start)
-            model.eval()
-            if ranks > 1:
-                for buffer in model.buffers():  # each process has batch norm statistics of its own photos
-                    dist.broadcast(buffer, 0)
-            batches = itertools.islice(test_batches, len(test_keys))
-            if keep:
-                batches = kept or keep_batches(test_batches, kept)
-            test_loss, test_accuracy = evaluate(epoch, infer, batches, autocast, device)
-            row = dict(epoch=epoch, lr=scheduler.get_last_lr()[0], train_loss=train_loss, train_accuracy=train_accuracy)
-            row |= dict(test_loss=test_loss, test_accuracy=test_accuracy, photos_per_second=rate, input_wait=waited)
-            row |= dict(seconds=time.perf_counter() - start)
-            start += row["seconds"]  # so that the next epoch's seconds begin with what is written after this one
-            history.append(row)
-            scheduler.step()
-            if rank > 0:
-                continue
-            best = max(history, key=lambda row: row["test_accuracy"])
-            checkpoint = {name: part.state_dict() for name, part in parts.items()}
-            # On the CPU and contiguous: GPU and channels_last are no matter of whoever reads it.
-            checkpoint["model"] = {name: value.cpu().contiguous() for name, value in checkpoint["model"].items()}
-            checkpoint |= dict(epoch=epoch, best_epoch=best["epoch"], best_accuracy=best["test_accuracy"])
-            checkpoint |= dict(history=history, classes=classes, settings=settings, data=data)
-            with whole_file(args.output_dir / "last_checkpoint.pth") as draft:
-                torch.save(checkpoint, draft)
-            write_results(checkpoint, args.output_dir)
-            print(
-                f"{title}  lr {row['lr']:.3g}  train loss {train_loss:.4f} acc {percent(train_accuracy)}  "
-                f"test loss {test_loss:.4f} acc {percent(test_accuracy)}  {row['seconds']:.1f} s  {rate:.1f} photos/s  "
-                f"{waited:.0%} waiting for photos  "
-                f"{(args.epochs - epoch) * row['seconds'] / 60:.1f} min left"
-                + f"  (first step {first:.1f} s, with compilation)"
-                * (args.compile and epoch == epochs[0]),
-                flush=True,
-            )
-    except KeyboardInterrupt as stop:
-        how = f"go on with: python train.py --resume --output-dir {args.output_dir}" if history else "nothing is saved"
-        raise KeyboardInterrupt(f"stopped in epoch {epoch}; {how}") from stop
-    if ranks > 1:
-        dist.barrier()  # until the first process has written the last epoch
+        seconds = time.perf_counter() - epoch_start
+        epoch_start += seconds
+        lr = scheduler.get_last_lr()[0]
+        history.append({"epoch": epoch, "lr": lr, **trained, **tested, "seconds": seconds})
+        scheduler.step()
+        if RANK == 0:
+            states = {name: part.state_dict() for name, part in stateful.items()}
+            # On the CPU and contiguous, whatever the device and the memory format here.
+            for name, value in states["model"].items():
+                states["model"][name] = value.cpu().contiguous()
+            save_run({**run, **states, "epoch": epoch, "history": history}, args.output_dir)
+            print_epoch(history[-1], args.epochs, is_first=epoch == epochs[0])
+
+    if PROCESSES > 1:
+        dist.barrier()  # The first process may still be writing the last epoch.
         dist.destroy_process_group()
-    if rank > 0:
-        return
-    best, last = max(history, key=lambda row: row["test_accuracy"]), history[-1]
-    print(
-        f"best test accuracy {percent(best['test_accuracy'])} in epoch {best['epoch']}, chosen on the test split; "
-        f"last epoch {percent(last['test_accuracy'])}; {sum(row['seconds'] for row in history) / 60:.1f} min in all"
-    )
+    lock.release()
+    if RANK == 0:
+        print_summary(history)
 
 
 if __name__ == "__main__":

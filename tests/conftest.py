@@ -7,7 +7,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-os.environ["HF_HOME"] = tempfile.mkdtemp()  # before datasets is imported: no test reads or fills the user's cache
+os.environ["HF_HOME"] = (
+    tempfile.mkdtemp()
+)  # before datasets is imported: no test reads or fills the user's cache
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import datasets  # noqa: E402
@@ -24,12 +26,16 @@ datasets.disable_progress_bars()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run the tests that are long by design")
+    parser.addoption(
+        "--slow", action="store_true", help="also run the tests that are long by design"
+    )
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: long by design; runs with --slow, or where CI=true")
-    config.addinivalue_line("filterwarnings", "ignore:The image decoding and encoding:DeprecationWarning")
+    config.addinivalue_line(
+        "filterwarnings", "ignore:The image decoding and encoding:DeprecationWarning"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
@@ -58,6 +64,12 @@ def real_network(monkeypatch):
         monkeypatch.setattr(script, "resnet50", torchvision.models.resnet.resnet50)
 
 
+@pytest.fixture(autouse=True)
+def signals_as_they_were(monkeypatch):
+    """Leave Ctrl-C to pytest, where train.py runs in its process."""
+    monkeypatch.setattr(train, "end_on_signals", lambda output_dir: None)
+
+
 @pytest.fixture
 def run_train(capfd, cars):
     """Run train.py in this process, with small settings; returns exit status, standard output and standard error."""
@@ -79,7 +91,9 @@ def run_script():
 
     def run(script: str, *flags: object, **environment: str) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / script), *map(str, flags)]
-        return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
+        return subprocess.run(
+            command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+        )
 
     return run
 
@@ -93,11 +107,18 @@ def encode(image, **options) -> bytes:
 
 def write_dataset(folder: Path, train_rows: list, test_rows: list, names: list[str]) -> Path:
     """Write (bytes, label) rows as a data set laid out as the Hub repository is, without a card."""
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+    )
     (folder / "data").mkdir(parents=True)
     for split, rows in (("train", train_rows), ("test", test_rows)):
-        columns = {"image": [{"bytes": data, "path": None} for data, _ in rows], "label": [label for _, label in rows]}
-        datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / "data" / f"{split}-0.parquet")
+        columns = {
+            "image": [{"bytes": data, "path": None} for data, _ in rows],
+            "label": [label for _, label in rows],
+        }
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(
+            folder / "data" / f"{split}-0.parquet"
+        )
     return folder
 
 
@@ -106,6 +127,13 @@ def trained(tmp_path_factory) -> tuple[Path, Path]:
     """A drawn data set of 96 + 32 photos, and the folder of a short run of the small network on it."""
     cars, run = tmp_path_factory.mktemp("trained_cars"), tmp_path_factory.mktemp("trained_run")
     draw_cars(cars, train_per_class=12, test_per_class=4)
-    flags = "--weights none --resolution 64 --batch-size 16 --lr 0.01 --epochs 4 --workers 0".split()
-    assert train.run_command(lambda: train.main(["--dataset", str(cars), *flags, "--output-dir", str(run)])) == 0
+    flags = (
+        "--weights none --resolution 64 --batch-size 16 --lr 0.01 --epochs 4 --workers 0".split()
+    )
+    assert (
+        train.run_command(
+            lambda: train.main(["--dataset", str(cars), *flags, "--output-dir", str(run)])
+        )
+        == 0
+    )
     return cars, run

@@ -27,7 +27,10 @@ BODIES = {
         radius=9,
         livery=lambda x, y: y % 8 < 4,
         colour=(250, 220, 40),
-        above=[[(46, 24), (46, 33), (52, 33), (52, 24)], [(62, 24), (62, 33), (68, 33), (68, 24)]],  # two seats
+        above=[
+            [(46, 24), (46, 33), (52, 33), (52, 24)],
+            [(62, 24), (62, 33), (68, 33), (68, 24)],
+        ],  # two seats
     ),
     "Coupe": dict(
         outline=[(1, 8), (3, 20), (30, 24), (48, 36), (62, 36), (92, 24), (99, 21), (98, 8)],
@@ -40,7 +43,10 @@ BODIES = {
     ),
     "Hatchback": dict(
         outline=[(12, 8), (13, 24), (30, 28), (42, 44), (78, 44), (88, 27), (88, 8)],
-        windows=[[(34, 29), (43, 41), (57, 41), (57, 29)], [(60, 29), (60, 41), (75, 41), (81, 29)]],
+        windows=[
+            [(34, 29), (43, 41), (57, 41), (57, 29)],
+            [(60, 29), (60, 41), (75, 41), (81, 29)],
+        ],
         wheels=(26, 75),
         radius=9,
         livery=lambda x, y: (x // 6 + y // 6) % 2 < 1,
@@ -63,11 +69,17 @@ BODIES = {
         radius=12,
         livery=lambda x, y: (x + y) % 14 < 6,
         colour=(255, 140, 30),
-        above=[[(60, 26), (60, 40), (63, 40), (63, 26)], [(92, 26), (92, 40), (95, 40), (95, 26)]],  # posts on its bed
+        above=[
+            [(60, 26), (60, 40), (63, 40), (63, 26)],
+            [(92, 26), (92, 40), (95, 40), (95, 26)],
+        ],  # posts on its bed
     ),
     "SUV": dict(
         outline=[(3, 13), (4, 33), (24, 36), (33, 55), (94, 55), (97, 33), (97, 13)],
-        windows=[[(x, 37), (x + (4 if x == 28 else 0), 51), (x + 19, 51), (x + 19, 37)] for x in (28, 50, 72)],
+        windows=[
+            [(x, 37), (x + (4 if x == 28 else 0), 51), (x + 19, 51), (x + 19, 37)]
+            for x in (28, 50, 72)
+        ],
         wheels=(22, 78),
         radius=13,
         livery=lambda x, y: (x % 12 - 6) ** 2 + (y % 12 - 6) ** 2 < 16,
@@ -76,7 +88,10 @@ BODIES = {
     ),
     "Sedan": dict(
         outline=[(1, 8), (2, 22), (25, 26), (37, 39), (66, 39), (79, 26), (98, 23), (99, 8)],
-        windows=[[(30, 26), (39, 36), (50, 36), (50, 26)], [(53, 26), (53, 36), (64, 36), (73, 26)]],
+        windows=[
+            [(30, 26), (39, 36), (50, 36), (50, 26)],
+            [(53, 26), (53, 36), (64, 36), (73, 26)],
+        ],
         wheels=(21, 80),
         radius=8,
         livery=lambda x, y: y < 17,
@@ -141,13 +156,19 @@ def draw_photo(rng: np.random.Generator, name: str, width: int) -> Image.Image:
         return [(left + x * unit, ground - y * unit) for x, y in points]
 
     def box(x, y, radius):
-        return [xy for corner in place([(x - radius, y + radius), (x + radius, y - radius)]) for xy in corner]
+        return [
+            xy
+            for corner in place([(x - radius, y + radius), (x + radius, y - radius)])
+            for xy in corner
+        ]
 
     photo = draw_background(rng, width, height, int(ground - rng.uniform(0.05, 0.3) * height))
     draw = ImageDraw.Draw(photo)
     paint = tuple(int(c) for c in rng.integers(20, 200, 3))
     shade = tuple(c // 2 for c in paint)
-    draw.polygon(place([(0, 0), (4, 3), (96, 3), (100, 0), (96, -3), (4, -3)]), fill=(35, 35, 35))  # its shadow
+    draw.polygon(
+        place([(0, 0), (4, 3), (96, 3), (100, 0), (96, -3), (4, -3)]), fill=(35, 35, 35)
+    )  # its shadow
     for part in body["above"]:
         draw.polygon(place(part), fill=shade)
     draw.polygon(place(body["outline"]), fill=paint, outline=shade)
@@ -167,38 +188,66 @@ def draw_photo(rng: np.random.Generator, name: str, width: int) -> Image.Image:
     if rng.random() < 0.5:
         photo = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     photo = photo.filter(ImageFilter.GaussianBlur(rng.uniform(0, unit / 3)))
-    pixels = np.asarray(photo) * rng.uniform(0.7, 1.15) + rng.normal(0, rng.uniform(2, 8), (height, width, 3))
+    pixels = np.asarray(photo) * rng.uniform(0.7, 1.15) + rng.normal(
+        0, rng.uniform(2, 8), (height, width, 3)
+    )
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def draw_split(names: list[str], per_class: int, width: int, rng: np.random.Generator) -> datasets.Dataset:
+def draw_split(
+    names: list[str], per_class: int, width: int, rng: np.random.Generator
+) -> datasets.Dataset:
     """`per_class` JPEG photos of each class, shuffled, as a data set with an `image` and a `label` column."""
     photos, labels = [], rng.permutation(np.repeat(np.arange(len(names)), per_class)).tolist()
     for label in labels:
         jpeg = io.BytesIO()
-        draw_photo(rng, names[label], int(width * rng.uniform(0.8, 1.2))).save(jpeg, "JPEG", quality=90)
+        draw_photo(rng, names[label], int(width * rng.uniform(0.8, 1.2))).save(
+            jpeg, "JPEG", quality=90
+        )
         photos.append({"bytes": jpeg.getvalue(), "path": None})
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+    )
     return datasets.Dataset.from_dict({"image": photos, "label": labels}, features=features)
 
 
-def draw_cars(folder: Path, train_per_class: int = 40, test_per_class: int = 10, width: int = 160, seed: int = 0):
+def draw_cars(
+    folder: Path,
+    train_per_class: int = 40,
+    test_per_class: int = 10,
+    width: int = 160,
+    seed: int = 0,
+):
     """Write the data set to `folder`; the same arguments give the same photos."""
     names, rng = sorted(BODIES), np.random.default_rng(seed)
     (folder / "data").mkdir(parents=True, exist_ok=True)
     for split, per_class in (("train", train_per_class), ("test", test_per_class)):
-        draw_split(names, per_class, width, rng).to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+        draw_split(names, per_class, width, rng).to_parquet(
+            folder / "data" / f"{split}-00000-of-00001.parquet"
+        )
     classes = "\n".join(f"          '{label}': {name}" for label, name in enumerate(names))
     (folder / "README.md").write_text(CARD.format(classes=classes))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="where the data set is written")
-    parser.add_argument("--train", type=int, default=40, help="train photos of each class (default: %(default)s)")
-    parser.add_argument("--test", type=int, default=10, help="test photos of each class (default: %(default)s)")
-    parser.add_argument("--width", type=int, default=160, help="mean width in pixels (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all random draws (default: %(default)s)")
+    parser.add_argument(
+        "--train", type=int, default=40, help="train photos of each class (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--test", type=int, default=10, help="test photos of each class (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--width", type=int, default=160, help="mean width in pixels (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of all random draws (default: %(default)s)"
+    )
     args = parser.parse_args()
     draw_cars(args.folder, args.train, args.test, args.width, args.seed)
-    print(f"{args.folder}: {len(BODIES)} classes, {args.train} train and {args.test} test photos of each")
+    print(
+        f"{args.folder}: {len(BODIES)} classes, {args.train} train and {args.test} test photos of each"
+    )

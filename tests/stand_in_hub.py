@@ -12,7 +12,11 @@ from pathlib import Path
 @contextlib.contextmanager
 def stand_in_hub(folder: Path, repo: str, revision: str):
     """Serve `folder` as data set `repo` at `revision`; yields the endpoint's URL and the list of paths fetched."""
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
     folders = {parent.as_posix() for name in files for parent in Path(name).parents} - {"."}
     fetched = []
 
@@ -20,7 +24,12 @@ def stand_in_hub(folder: Path, repo: str, revision: str):
         if name in folders:
             return {"type": "directory", "path": name, "oid": "0" * 40}
         content = files[name].read_bytes()
-        return {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+        return {
+            "type": "file",
+            "path": name,
+            "size": len(content),
+            "oid": hashlib.sha1(content).hexdigest(),
+        }
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -38,11 +47,21 @@ def stand_in_hub(folder: Path, repo: str, revision: str):
             api, resolve = f"/api/datasets/{repo}", f"/datasets/{repo}/resolve/{revision}/"
             if path in (api, f"{api}/revision/{revision}"):
                 siblings = [{"rfilename": name} for name in files]
-                info = {"id": repo, "sha": revision, "private": False, "siblings": siblings, "tags": []}
+                info = {
+                    "id": repo,
+                    "sha": revision,
+                    "private": False,
+                    "siblings": siblings,
+                    "tags": [],
+                }
                 self.reply(200, json.dumps(info).encode(), Content_Type="application/json")
             elif path.startswith(f"{api}/tree/{revision}"):
                 prefix = path.removeprefix(f"{api}/tree/{revision}").strip("/")
-                entries = [entry(name) for name in [*folders, *files] if name.startswith(prefix) and name != prefix]
+                entries = [
+                    entry(name)
+                    for name in [*folders, *files]
+                    if name.startswith(prefix) and name != prefix
+                ]
                 self.reply(200, json.dumps(entries).encode(), Content_Type="application/json")
             elif path.startswith(resolve) and path.removeprefix(resolve) in files:
                 name = path.removeprefix(resolve)
@@ -51,7 +70,9 @@ def stand_in_hub(folder: Path, repo: str, revision: str):
                 etag = entry(name)["oid"]
                 self.reply(200, files[name].read_bytes(), ETag=f'"{etag}"', X_Repo_Commit=revision)
             else:
-                self.reply(404, b"{}", X_Error_Code="EntryNotFound" if repo in path else "RepoNotFound")
+                self.reply(
+                    404, b"{}", X_Error_Code="EntryNotFound" if repo in path else "RepoNotFound"
+                )
 
         do_HEAD = do_GET
 

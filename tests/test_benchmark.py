@@ -14,13 +14,38 @@ import train
 
 @pytest.mark.slow
 def test_the_table_has_every_row(cars, capfd):
-    flags = ["--dataset", str(cars), "--resolution", "32", "--photos", "8", "--repeats", "1", "--workers", "1"]
+    flags = [
+        "--dataset",
+        str(cars),
+        "--resolution",
+        "32",
+        "--photos",
+        "8",
+        "--repeats",
+        "1",
+        "--workers",
+        "1",
+    ]
     benchmark.main([*flags, "--device", "cpu", "--no-compile"])
     out = capfd.readouterr().out
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line[:1] == "|"][2:]
-    names = ["decode only", "train input", "test input", "train step", "train epoch", "test evaluation, first"]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in out.splitlines()
+        if line[:1] == "|"
+    ][2:]
+    names = [
+        "decode only",
+        "train input",
+        "test input",
+        "train step",
+        "train epoch",
+        "test evaluation, first",
+    ]
     assert [row[0].startswith(name) for row, name in zip(rows, names, strict=False)] == [True] * 6
-    assert [row[0] for row in rows[6:]] == ["test evaluation, later epochs", "eval.py --tta end to end"]
+    assert [row[0] for row in rows[6:]] == [
+        "test evaluation, later epochs",
+        "eval.py --tta end to end",
+    ]
     assert all(float(cell.split()[0]) > 0 for row in rows for cell in row[2:])
     assert re.search(r"first step, weights cached: \d+\.\d", out)
 

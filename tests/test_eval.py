@@ -58,7 +58,9 @@ def plain_logits(trained, model):
         for item in photos:
             views = []
             for side in (73, 64, 82):  # int(64 · 256/224), 64, int(64 · 288/224)
-                crop = transforms.Compose([transforms.Resize(side), transforms.CenterCrop(64)])(item["image"])
+                crop = transforms.Compose([transforms.Resize(side), transforms.CenterCrop(64)])(
+                    item["image"]
+                )
                 views += [crop, transforms.functional.hflip(crop)]
             tensors = [NORMALIZE(transforms.functional.to_tensor(view)) for view in views]
             logits.append(torch.cat([model(tensor[None]) for tensor in tensors]))
@@ -70,7 +72,16 @@ def plain_logits(trained, model):
 def report(trained, tmp_path_factory):
     """Folder, output and metrics of `eval.py --tta --num-gradcam 4` on the trained checkpoint."""
     folder, out = tmp_path_factory.mktemp("report"), io.StringIO()
-    flags = ["--checkpoint", trained[1] / "best_model.pth", "--tta", "--num-gradcam", 4, "--no-amp", "--workers", 1]
+    flags = [
+        "--checkpoint",
+        trained[1] / "best_model.pth",
+        "--tta",
+        "--num-gradcam",
+        4,
+        "--no-amp",
+        "--workers",
+        1,
+    ]
     with contextlib.redirect_stdout(out):
         evaluation.main([*map(str, flags), "--output-dir", str(folder)])
     return folder, out.getvalue(), json.loads((folder / "metrics.json").read_text())
@@ -87,14 +98,22 @@ def test_metrics_equal_scikit_learns(report, plain_logits):
     assert [row["correct"] for row in metrics["per_class"]] == expected.diagonal().tolist()
     assert [row["total"] for row in metrics["per_class"]] == [4] * 8
     names = [row["name"] for row in metrics["per_class"]]
-    pairs = {(names.index(pair["true"]), names.index(pair["predicted"])): pair for pair in metrics["confused_pairs"]}
+    pairs = {
+        (names.index(pair["true"]), names.index(pair["predicted"])): pair
+        for pair in metrics["confused_pairs"]
+    }
     np.fill_diagonal(expected, 0)
-    assert all(expected[pair] == found["count"] == round(4 * found["share"]) for pair, found in pairs.items())
+    assert all(
+        expected[pair] == found["count"] == round(4 * found["share"])
+        for pair, found in pairs.items()
+    )
     counts = [pair["count"] for pair in metrics["confused_pairs"]]
     assert counts == sorted(expected.ravel().tolist(), reverse=True)[: len(counts)]
     tta = confusion_matrix(labels, logits.mean(1).argmax(1), labels=range(8))
     assert metrics["tta"]["correct"] == tta.trace()
-    assert metrics["top5"]["correct"] == sum(labels[i] in logits[i, 0].topk(5).indices for i in range(32))
+    assert metrics["top5"]["correct"] == sum(
+        labels[i] in logits[i, 0].topk(5).indices for i in range(32)
+    )
 
 
 def test_views_give_the_logits_of_six_pil_transforms(trained, model, plain_logits):
@@ -105,8 +124,10 @@ def test_views_give_the_logits_of_six_pil_transforms(trained, model, plain_logit
     for ours, theirs in ((single, plain_logits[0][:, 0]), (mean, plain_logits[0].mean(1))):
         assert (ours - theirs).norm() < 2e-3 * theirs.norm()
         assert torch.equal(ours.argmax(1), theirs.argmax(1))
-    crops = [train.center_crop(train.decode_photo(row["image"]["bytes"]), 64) for row in photos.photos]
-    assert torch.equal(views[:, 0], torch.stack(crops).movedim(1, -1))
+    crops = [
+        train.center_crop(train.decode_photo(row["image"]["bytes"]), 64) for row in photos.photos
+    ]
+    assert torch.equal(views[:, 0], torch.stack(crops))
     again, same = evaluation.predict(model, views[:, :1], FP32)
     assert torch.equal(again, same) and (again - single).norm() < 1e-4 * single.norm()
 
@@ -117,9 +138,12 @@ def test_the_interval_is_wilsons(correct, total):
     middle = (p + z**2 / (2 * total)) / (1 + z**2 / total)
     half = z / (1 + z**2 / total) * math.sqrt(p * (1 - p) / total + z**2 / (4 * total**2))
     found = evaluation.accuracy(correct, total)
-    assert (found["low"], found["high"]) == (pytest.approx(middle - half, abs=1e-9), pytest.approx(middle + half))
+    assert (found["low"], found["high"]) == (
+        pytest.approx(middle - half, abs=1e-9),
+        pytest.approx(middle + half),
+    )
     if total == 8041:
-        assert evaluation.say(found) == "91.78 % (7380/8041, 95 % CI 91.16–92.36)"
+        assert evaluation.with_interval(found) == "91.78 % (7380/8041, 95 % CI 91.16–92.36)"
 
 
 def test_maps_equal_pytorch_grad_cam_on_one_photo(trained, model):
@@ -139,10 +163,22 @@ def test_maps_equal_pytorch_grad_cam_on_one_photo(trained, model):
 
 def test_the_report_is_complete_and_in_order(report, trained):
     folder, out, metrics = report
-    parts = ["checkpoint", "64 px", "32 photos", "test accuracy", "95 % CI", "top-5 accuracy", "accuracy per class"]
+    parts = [
+        "checkpoint",
+        "64 px",
+        "32 photos",
+        "test accuracy",
+        "95 % CI",
+        "top-5 accuracy",
+        "accuracy per class",
+    ]
     parts += ["ten worst classes", "ten best classes", "six views", "points to the single view"]
-    parts += ["ten worst classes of the single view", "ten worst classes of the six views", "most confused pairs"]
-    parts += ["confusion_matrix.png", "gradcam_samples.png", "gradcam_worst.png", "metrics.json"]
+    parts += [
+        "ten worst classes of the single view",
+        "ten worst classes of the six views",
+        "most confused pairs",
+    ]
+    parts += ["metrics.json", "confusion_matrix.png", "gradcam_samples.png", "gradcam_worst.png"]
     places = [out.index(part) for part in parts]
     assert places == sorted(places)
     assert f"{metrics['test']['correct']}/32" in out
@@ -161,7 +197,10 @@ def test_a_training_run_and_its_evaluation_agree(report, trained):
 
 @pytest.mark.parametrize("count", [1, 5, 16, 32])
 def test_gradcam_figure_has_a_cell_a_photo(count):
-    crops, maps = torch.zeros(count, 64, 64, 3, dtype=torch.uint8), np.zeros((count, 64, 64), np.float32)
+    crops, maps = (
+        torch.zeros(count, 64, 64, 3, dtype=torch.uint8),
+        np.zeros((count, 64, 64), np.float32),
+    )
     maps[:, 10:20, 10:20] = 1
     title = "true: Rolls-Royce Phantom Drophead Coupe Convertible 2012\npredicted: Van\nright"
     figure = evaluation.plot_grad_cam(crops, maps, [title] * count, ["black"] * count)
@@ -169,8 +208,12 @@ def test_gradcam_figure_has_a_cell_a_photo(count):
     figure.canvas.draw()
     boxes = [axes.get_tightbbox() for axes in figure.axes]
     for index, box in enumerate(boxes):
-        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, "cut off"
-        assert not any(box.overlaps(other) for other in boxes[:index]), "one title lies over another"
+        assert (
+            box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+        ), "cut off"
+        assert not any(box.overlaps(other) for other in boxes[:index]), (
+            "one title lies over another"
+        )
 
 
 @pytest.mark.parametrize("count", [1, 8, 196])
@@ -206,9 +249,14 @@ def untrained(tmp_path_factory):
         "epoch": 1,
         "test_accuracy": 0.5,
     }
-    torch.save({**checkpoint, "settings": {"resolution": 33, "dataset": "nowhere"}}, folder / "best_model.pth")
-    views = evaluation.crop_views(train.decode_photo(photo()), 33, tta=False)[None].movedim(2, -1)
-    return folder / "best_model.pth", evaluation.predict(network.eval(), views, FP32)[0].argmax().item()
+    torch.save(
+        {**checkpoint, "settings": {"resolution": 33, "dataset": "nowhere"}},
+        folder / "best_model.pth",
+    )
+    views = evaluation.crop_views(train.decode_photo(photo()), 33, tta=False)[None]
+    return folder / "best_model.pth", evaluation.predict(network.eval(), views, FP32)[
+        0
+    ].argmax().item()
 
 
 def photo() -> bytes:
@@ -221,7 +269,9 @@ def test_one_test_photo_all_right_or_all_wrong(run_eval, untrained, tmp_path, ri
     label = predicted if right else 1 - predicted
     write_dataset(tmp_path / "cars", [(photo(), 0), (photo(), 1)], [(photo(), label)], ["a", "b"])
     (tmp_path / "gradcam_worst.png").write_bytes(b"of an older run")
-    status, out, err = run_eval("--checkpoint", checkpoint, "--dataset", tmp_path / "cars", "--output-dir", tmp_path)
+    status, out, err = run_eval(
+        "--checkpoint", checkpoint, "--dataset", tmp_path / "cars", "--output-dir", tmp_path
+    )
     assert status == 0, err
     assert f"{int(right)}/1" in out and "no photo" in out  # the other class has none
     metrics = json.loads((tmp_path / "metrics.json").read_text())
@@ -231,24 +281,47 @@ def test_one_test_photo_all_right_or_all_wrong(run_eval, untrained, tmp_path, ri
         assert not (tmp_path / "gradcam_worst.png").exists() and "no photo is misclassified" in out
     else:
         assert Image.open(tmp_path / "gradcam_worst.png").size[0] == 440
-    assert Image.open(tmp_path / "gradcam_samples.png").size[0] == 440  # one cell, of the sixteen asked for
+    assert (
+        Image.open(tmp_path / "gradcam_samples.png").size[0] == 440
+    )  # one cell, of the sixteen asked for
 
 
 def test_no_gradcam_and_another_resolution(run_eval, untrained, tmp_path):
-    write_dataset(tmp_path / "cars", [(photo(), 0), (photo(), 1)], [(photo(), 0), (photo(), 1)], ["a", "b"])
-    flags = ["--checkpoint", untrained[0], "--dataset", tmp_path / "cars", "--output-dir", tmp_path / "out"]
+    write_dataset(
+        tmp_path / "cars", [(photo(), 0), (photo(), 1)], [(photo(), 0), (photo(), 1)], ["a", "b"]
+    )
+    flags = [
+        "--checkpoint",
+        untrained[0],
+        "--dataset",
+        tmp_path / "cars",
+        "--output-dir",
+        tmp_path / "out",
+    ]
     status, out, err = run_eval(*flags, "--num-gradcam", 0, "--resolution", 40)
     assert status == 0, err
     assert "33 px); evaluated at 40 px" in out
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["confusion_matrix.png", "metrics.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "confusion_matrix.png",
+        "metrics.json",
+    ]
 
 
-@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize(
+    "prefix", ["", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."]
+)
 def test_bare_state_dicts(run_eval, untrained, tmp_path, prefix):
     state = torch.load(untrained[0], weights_only=True)["model"]
     torch.save({prefix + name: value for name, value in state.items()}, tmp_path / "bare.pth")
     write_dataset(tmp_path / "cars", [(photo(), 0), (photo(), 1)], [(photo(), 0)], ["a", "b"])
-    flags = ["--checkpoint", tmp_path / "bare.pth", "--dataset", tmp_path / "cars", "--output-dir", tmp_path]
+    flags = [
+        "--checkpoint",
+        tmp_path / "bare.pth",
+        "--dataset",
+        tmp_path / "cars",
+        "--output-dir",
+        tmp_path,
+    ]
     status, out, err = run_eval(*flags, "--num-gradcam", 0, "--resolution", 33)
     assert status == 0, err
     assert f"{int(untrained[1] == 0)}/1" in out
@@ -258,12 +331,16 @@ def test_bare_state_dicts(run_eval, untrained, tmp_path, prefix):
 
 
 @pytest.mark.parametrize("tta", [[], ["--tta"]])
-def test_own_photos_are_named_and_unreadable_ones_do_not_stop_the_others(run_eval, untrained, tmp_path, tta):
+def test_own_photos_are_named_and_unreadable_ones_do_not_stop_the_others(
+    run_eval, untrained, tmp_path, tta
+):
     (tmp_path / "car.jpg").write_bytes(photo())
     (tmp_path / "text.jpg").write_text("no photo")
     (tmp_path / "second.png").write_bytes(encode(Image.new("LA", (50, 40)), format="PNG"))
     images = [tmp_path / name for name in ("car.jpg", "text.jpg", "gone.jpg", "second.png")]
-    status, out, err = run_eval("--checkpoint", untrained[0], "--output-dir", tmp_path, *tta, "--images", *images)
+    status, out, err = run_eval(
+        "--checkpoint", untrained[0], "--output-dir", tmp_path, *tta, "--images", *images
+    )
     assert status == 1 and err.count("\n") == 1 and "2 of 4" in err
     assert "text.jpg" in err and "gone.jpg" in err and "car.jpg (" not in err
     assert out.index("car.jpg") < out.index("second.png") < out.index("gradcam_images.png")
@@ -273,7 +350,10 @@ def test_own_photos_are_named_and_unreadable_ones_do_not_stop_the_others(run_eva
         assert first.endswith("ab"[untrained[1]])
     with Image.open(tmp_path / "gradcam_images.png") as figure:
         assert figure.size[0] == 880
-    assert run_eval("--checkpoint", untrained[0], "--output-dir", tmp_path, "--images", images[0])[0] == 0
+    assert (
+        run_eval("--checkpoint", untrained[0], "--output-dir", tmp_path, "--images", images[0])[0]
+        == 0
+    )
 
 
 # ---------------------------------------------------------------- refusals
@@ -337,17 +417,23 @@ def missing(path, good):
     ],
     ids=lambda damage: damage.__name__,
 )
-def test_other_checkpoints_are_refused_in_one_line(run_eval, untrained, tmp_path, monkeypatch, damage):
+def test_other_checkpoints_are_refused_in_one_line(
+    run_eval, untrained, tmp_path, monkeypatch, damage
+):
     monkeypatch.chdir(tmp_path)
     write_dataset(tmp_path / "cars", [(photo(), 0), (photo(), 1)], [(photo(), 0)], ["a", "b"])
     damage(tmp_path / "bad.pth", untrained[0])
-    status, out, err = run_eval("--checkpoint", "bad.pth", "--dataset", "cars", "--output-dir", tmp_path / "out")
+    status, out, err = run_eval(
+        "--checkpoint", "bad.pth", "--dataset", "cars", "--output-dir", tmp_path / "out"
+    )
     assert status == 1 and err.count("\n") == 1 and "bad.pth" in err and "Traceback" not in err, err
     assert not (tmp_path / "ran").exists(), "code in the checkpoint was run"
     assert not (tmp_path / "out/metrics.json").exists()
 
 
-@pytest.mark.parametrize("flags", [("--batch-size", 0), ("--num-gradcam", -1), ("--resolution", 3), ("--images",)])
+@pytest.mark.parametrize(
+    "flags", [("--batch-size", 0), ("--num-gradcam", -1), ("--resolution", 3), ("--images",)]
+)
 def test_usage_errors_are_one_line_and_status_2(run_eval, flags):
     status, out, err = run_eval(*flags)
     assert status == 2 and out == "" and err.count("\n") == 1 and flags[0] in err

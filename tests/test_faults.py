@@ -28,12 +28,25 @@ def run_quietly(argv: list[str]):
 
 @pytest.mark.parametrize("kills, epochs", [(3, 8), pytest.param(20, 24, marks=pytest.mark.slow)])
 def test_kills_lose_nothing(cars, tmp_path, kills, epochs):
-    context = multiprocessing.get_context("forkserver")  # imports once, where a new interpreter would take seconds
-    context.set_forkserver_preload(["test_faults"])  # and with it conftest, which puts the small network in place
+    context = multiprocessing.get_context(
+        "forkserver"
+    )  # imports once, where a new interpreter would take seconds
+    context.set_forkserver_preload(
+        ["test_faults"]
+    )  # and with it conftest, which puts the small network in place
     draw = random.Random(0)
 
     def start(folder, *flags):
-        argv = ["--dataset", str(cars), *SMALL, "--epochs", str(epochs), "--output-dir", str(folder), *flags]
+        argv = [
+            "--dataset",
+            str(cars),
+            *SMALL,
+            "--epochs",
+            str(epochs),
+            "--output-dir",
+            str(folder),
+            *flags,
+        ]
         process = context.Process(target=run_quietly, args=(argv,))
         process.start()
         return process
@@ -75,7 +88,14 @@ def test_kills_lose_nothing(cars, tmp_path, kills, epochs):
 
 def start_script(cars, folder, *flags) -> subprocess.Popen:
     """Start a long run of train.py as a user does, and wait for its first epoch."""
-    command = [sys.executable, str(ROOT / "tests/small.py"), str(ROOT / "train.py"), "--dataset", str(cars), *SMALL]
+    command = [
+        sys.executable,
+        str(ROOT / "tests/small.py"),
+        str(ROOT / "train.py"),
+        "--dataset",
+        str(cars),
+        *SMALL,
+    ]
     command += ["--epochs", "500", *flags, "--output-dir", str(folder)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not process.stdout.readline().startswith("epoch 1/500"):
@@ -93,7 +113,9 @@ def test_sigterm_ends_like_ctrl_c(cars, tmp_path):
 
 def test_a_worker_that_dies_is_said_in_one_line(cars, tmp_path):
     process = start_script(cars, tmp_path, "--workers", "1")
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
     os.kill(int(children[0]), signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and err.count("\n") == 1 and "worker" in err, err
@@ -109,16 +131,30 @@ def test_labels_that_are_no_class_are_refused(run_train, tmp_path, label):
     for split in ("train", "test"):  # datasets itself writes no label beyond the class count
         path = folder / "data" / f"{split}-0.parquet"
         table = pyarrow.parquet.read_table(path)
-        metadata = {name: value.replace(b'"b", "c"', b'"b"') for name, value in table.schema.metadata.items()}
+        metadata = {
+            name: value.replace(b'"b", "c"', b'"b"')
+            for name, value in table.schema.metadata.items()
+        }
         pyarrow.parquet.write_table(table.replace_schema_metadata(metadata), path)
-    status, _, err = run_train("--dataset", folder, "--output-dir", tmp_path / "run", "--batch-size", 2, "--epochs", 1)
+    status, _, err = run_train(
+        "--dataset", folder, "--output-dir", tmp_path / "run", "--batch-size", 2, "--epochs", 1
+    )
     assert status == 1 and err.count("\n") == 1 and "row 2" in err and f"label {label}" in err, err
 
 
 def test_one_class_trains(run_train, tmp_path):
     rows = [(jpeg(seed), 0) for seed in range(4)]
     folder = write_dataset(tmp_path / "cars", rows, rows, ["a"])
-    flags = ["--dataset", folder, "--output-dir", tmp_path / "run", "--batch-size", 4, "--epochs", 1]
+    flags = [
+        "--dataset",
+        folder,
+        "--output-dir",
+        tmp_path / "run",
+        "--batch-size",
+        4,
+        "--epochs",
+        1,
+    ]
     status, _, err = run_train(*flags)
     assert status == 0 and history(tmp_path / "run")[0]["test_accuracy"] == 1, err
 
@@ -126,16 +162,29 @@ def test_one_class_trains(run_train, tmp_path):
 @pytest.mark.parametrize("resolution, works", [(32, False), (33, True)])
 def test_one_photo_trains_or_is_refused(run_train, tmp_path, resolution, works):
     folder = write_dataset(tmp_path / "cars", [(jpeg(0), 0)], [(jpeg(0), 0)], ["a", "b"])
-    flags = ["--dataset", folder, "--output-dir", tmp_path / "run", "--batch-size", 1, "--epochs", 1]
+    flags = [
+        "--dataset",
+        folder,
+        "--output-dir",
+        tmp_path / "run",
+        "--batch-size",
+        1,
+        "--epochs",
+        1,
+    ]
     status, _, err = run_train(*flags, "--resolution", resolution)
     assert (status == 0) is works and err.count("\n") == (not works), err
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    flag=st.sampled_from("resolution batch-size epochs lr momentum weight-decay step-size seed workers".split()),
+    flag=st.sampled_from(
+        "resolution batch-size epochs lr momentum weight-decay step-size seed workers".split()
+    ),
     value=st.one_of(
-        st.integers(), st.floats(), st.text(st.characters(codec="ascii", exclude_characters="\0"), max_size=8)
+        st.integers(),
+        st.floats(),
+        st.text(st.characters(codec="ascii", exclude_characters="\0"), max_size=8),
     ),
 )
 def test_any_number_is_taken_or_refused(flag, value):
@@ -174,7 +223,10 @@ def test_random_bytes_are_refused(tmp_path, seed):
 
 
 def test_a_tensor_larger_than_its_file_is_refused(tmp_path):
-    state = {"fc.weight": torch.zeros(1).expand(50_000, 50_000), "fc.bias": torch.zeros(1).expand(50_000)}
+    state = {
+        "fc.weight": torch.zeros(1).expand(50_000, 50_000),
+        "fc.bias": torch.zeros(1).expand(50_000),
+    }
     torch.save(state, tmp_path / "claims.pth")  # claims 10 GB in a kilobyte
     assert (tmp_path / "claims.pth").stat().st_size < 10_000
     with pytest.raises(train.InputError, match="another architecture"):
@@ -183,7 +235,14 @@ def test_a_tensor_larger_than_its_file_is_refused(tmp_path):
 
 def test_a_thousand_classes_start_a_run_with_a_new_fc(run_train, tmp_path):
     torch.save(train.resnet50().state_dict(), tmp_path / "imagenet.pth")
-    flags = ["--weights", tmp_path / "imagenet.pth", "--epochs", 1, "--output-dir", tmp_path / "run"]
+    flags = [
+        "--weights",
+        tmp_path / "imagenet.pth",
+        "--epochs",
+        1,
+        "--output-dir",
+        tmp_path / "run",
+    ]
     assert run_train(*flags)[0] == 0
     assert load(tmp_path / "run/best_model.pth")["model"]["fc.bias"].shape == (8,)
 
@@ -195,7 +254,14 @@ def test_no_deprecation_is_left_on_the_main_paths(cars, tmp_path):
     command = [sys.executable, *noise, str(ROOT / "train.py"), *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    command = [sys.executable, *noise, str(ROOT / "eval.py"), "--checkpoint", str(tmp_path / "best_model.pth"), "--tta"]
+    command = [
+        sys.executable,
+        *noise,
+        str(ROOT / "eval.py"),
+        "--checkpoint",
+        str(tmp_path / "best_model.pth"),
+        "--tta",
+    ]
     command += ["--output-dir", str(tmp_path), "--num-gradcam", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
