@@ -369,7 +369,8 @@ def name_images(args: argparse.Namespace, model, classes: list[str], autocast):
         for share, index in zip(*confidence.topk(min(5, len(classes))), strict=True):
             print(f"{share:>9.2%}  {classes[index]}")
         best.append(int(confidence.argmax()))
-        name = "\n".join(textwrap.wrap(path.name, 60)[-2:])
+        printable = path.name.encode(errors="replace").decode()
+        name = "\n".join(textwrap.wrap(printable, 60)[-2:])
         titles.append(f"{name}\n{classes[best[-1]]}, {confidence.max():.2%}")
     shown = min(args.num_gradcam, len(paths))
     if shown:

@@ -525,7 +525,7 @@ def plot_history(history: list[dict]) -> Figure:
     """Loss and accuracy of both splits by epoch, with a dotted line at each change of lr."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")  # inches
     loss_axes, accuracy_axes = figure.subplots(1, 2)
-    loss_axes.set(ylabel="cross-entropy loss", yscale="log")
+    loss_axes.set(ylabel="cross-entropy loss")
     accuracy_axes.set(ylabel="accuracy (0…1)")
     epochs = [row["epoch"] for row in history]
     for axes, measure in ((loss_axes, "loss"), (accuracy_axes, "accuracy")):

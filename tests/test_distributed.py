@@ -34,6 +34,8 @@ def remember(*args):
     model = build(*args)
     return model
 train.CarPhotos.__getitem__, train.build_model = spy, remember
+if {other_lr!r} and rank == "1":
+    sys.argv += ["--lr", "0.5"]
 status = train.run_command(train.main)
 torch.save(model.state_dict(), {folder!r} + f"/rank{{rank}}.pth")
 json.dump(loaded, open({folder!r} + f"/rank{{rank}}.json", "w"))
@@ -46,13 +48,14 @@ def torchrun(cars, tmp_path):
     """Run SPY on `processes` processes; returns what subprocess.run returns."""
 
     def run(
-        processes: int, *flags: object, dies=False, still=False, restarts: int = 0
+        processes: int, *flags: object, dies=False, still=False, other_lr=False, restarts: int = 0
     ) -> subprocess.CompletedProcess:
         names = dict(
             root=str(ROOT),
             folder=str(tmp_path),
             dies=dies,
             still=still,
+            other_lr=other_lr,
             marker=str(tmp_path / "died"),
         )
         (tmp_path / "spy.py").write_text(SPY.format(**names))
@@ -151,9 +154,20 @@ def test_runs_resume_across_process_counts(torchrun, run_train, tmp_path):
     assert [row["epoch"] for row in checkpoint["history"]] == [1, 2, 3]
 
 
-def test_a_batch_that_does_not_divide_is_refused(torchrun, tmp_path):
-    done = torchrun(2, "--batch-size", 7, "--epochs", 1, "--output-dir", tmp_path / "run")
-    assert done.returncode != 0 and "a multiple of the 2 processes" in done.stderr
+@pytest.mark.parametrize(
+    "batch_size, words", [(7, "a multiple of the 2"), (10, "a last batch of 1")]
+)
+def test_batches_that_two_processes_cannot_share_are_refused(monkeypatch, batch_size, words):
+    monkeypatch.setattr(train, "PROCESSES", 2)
+    args = train.parse_args(["--batch-size", str(batch_size)])
+    with pytest.raises(train.InputError, match=words):
+        train.plan_batches(args, 31)
+
+
+@pytest.mark.slow
+def test_processes_that_were_started_with_other_flags_are_refused(torchrun, tmp_path):
+    done = torchrun(2, "--epochs", 1, "--output-dir", tmp_path / "run", other_lr=True)
+    assert done.returncode != 0 and "the processes differ in settings" in done.stderr
     assert not list((tmp_path / "run").glob("[!.]*"))
 
 
