@@ -142,8 +142,15 @@ def class_accuracies(confusion: np.ndarray, classes: list[str]) -> list[dict]:
         correct = int(confusion[index, index])
         total = int(confusion[index].sum())
         share = correct / total if total else None
-        row = {"index": index, "name": name, "accuracy": share, "correct": correct, "total": total}
-        rows.append(row)
+        rows.append(
+            {
+                "index": index,
+                "name": name,
+                "accuracy": share,
+                "correct": correct,
+                "total": total,
+            }
+        )
     return rows
 
 
@@ -161,9 +168,14 @@ def confused_pairs(confusion: np.ndarray, classes: list[str], most: int = 10) ->
         count = int(errors[true, predicted])
         if count == 0:
             break
-        share = count / int(confusion[true].sum())
-        pair = {"true": classes[true], "predicted": classes[predicted]}
-        pairs.append({**pair, "count": count, "share": share})
+        pairs.append(
+            {
+                "true": classes[true],
+                "predicted": classes[predicted],
+                "count": count,
+                "share": count / int(confusion[true].sum()),
+            }
+        )
     return pairs
 
 
@@ -215,14 +227,11 @@ def write_metrics(metrics: dict, args: argparse.Namespace):
     versions = {name: version(name) for name in packages}
     names = ("checkpoint", "dataset", "resolution", "seed", "amp", "batch_size")
     settings = {name: getattr(args, name) for name in names}
-    settings["checkpoint"] = str(args.checkpoint)
-    everything = {
-        **metrics,
-        "settings": settings,
-        "versions": {"python": platform.python_version(), **versions},
-    }
+    versions["python"] = platform.python_version()
+    contents = {**metrics, "settings": settings, "versions": versions}
+    text = json.dumps(contents, indent=2, ensure_ascii=False, default=str)
     with whole_file(args.output_dir / "metrics.json") as draft:
-        draft.write_text(json.dumps(everything, indent=2, ensure_ascii=False), encoding="utf-8")
+        draft.write_text(text, encoding="utf-8")
 
 
 # ---------------------------------------------------------------- figures
@@ -274,19 +283,16 @@ def save_figure(figure: Figure, path: Path):
     print(f"wrote {path}")
 
 
-def choose_photos(logits: torch.Tensor, labels: torch.Tensor, args) -> dict[str, np.ndarray]:
+def choose_photos(wrong: np.ndarray, labels: np.ndarray, class_rows: list, args) -> dict:
     """Rows of the photos in each GradCAM figure: random ones, and an error of each worst class."""
     random = np.random.default_rng(args.seed)
     samples = random.permutation(len(labels))[: args.num_gradcam]
-    wrong = (logits.argmax(1) != labels).numpy()
-    confusion = count_confusion(logits, labels)
-    class_rows = worst_first(class_accuracies(confusion, [""] * len(confusion)))
-    worst = []
-    for row in class_rows[:5]:
-        errors = np.flatnonzero(wrong & (labels.numpy() == row["index"]))
-        if len(errors):
-            worst.append(random.choice(errors))
-    return {"gradcam_samples.png": samples, "gradcam_worst.png": np.array(worst, dtype=int)}
+    errors = []
+    for row in worst_first(class_rows)[:5]:
+        errors_of_class = np.flatnonzero(wrong & (labels == row["index"]))
+        if len(errors_of_class):
+            errors.append(random.choice(errors_of_class))
+    return {"gradcam_samples.png": samples, "gradcam_worst.png": np.array(errors, dtype=int)}
 
 
 def draw_test_photos(path: Path, rows, model, cars: CarPhotos, logits, labels, classes, args):
@@ -430,7 +436,9 @@ def main(argv: list[str] | None = None):
     confusion = count_confusion(single, labels)
     save_figure(plot_confusion(confusion, classes), args.output_dir / "confusion_matrix.png")
     if args.num_gradcam:
-        for name, rows in choose_photos(single, labels, args).items():
+        wrong = (single.argmax(1) != labels).numpy()
+        figures = choose_photos(wrong, labels.numpy(), metrics["per_class"], args)
+        for name, rows in figures.items():
             path = args.output_dir / name
             draw_test_photos(path, rows, model, cars, single, labels, classes, args)
 

@@ -297,9 +297,8 @@ def make_loader(photos: CarPhotos, batches: Iterable, workers: int, pin: bool) -
 @functools.cache
 def imagenet_statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of RGB in 0…255: each (3, 1, 1) float32 on `device`."""
-    mean = 255 * torch.tensor(IMAGENET_MEAN, device=device)
-    std = 255 * torch.tensor(IMAGENET_STD, device=device)
-    return mean.view(3, 1, 1), std.view(3, 1, 1)
+    mean_and_std = 255 * torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device)
+    return mean_and_std.view(2, 3, 1, 1).unbind()
 
 
 def normalize(images: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -420,7 +419,8 @@ def train_one_epoch(forward, batches, batch_sizes, device, autocast, optimizer, 
     """
     hidden = RANK > 0 or None  # None shows the bar where standard error is a terminal.
     batches = tqdm(batches, "train", len(batch_sizes), leave=False, disable=hidden)
-    loss_sum, correct = sums = torch.zeros(2, dtype=torch.float64, device=device)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    loss_sum, correct = sums  # Views of it: what is added to them is added there.
     waited = 0.0
     start = time.perf_counter()
     step_end = start
@@ -456,7 +456,8 @@ def train_one_epoch(forward, batches, batch_sizes, device, autocast, optimizer, 
 @torch.no_grad()
 def evaluate(forward, batches, device, autocast) -> dict:
     """Mean loss and accuracy (0…1), over all processes, of crops and labels as in training."""
-    loss_sum, correct, photos = sums = torch.zeros(3, dtype=torch.float64, device=device)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    loss_sum, correct, photos = sums
     for images, targets in batches:
         targets = targets.to(device, non_blocking=True)
         with autocast:
@@ -664,7 +665,7 @@ def explain(error: Exception) -> str:
         return f"torch.compile failed ({reason(error)}): try again with --no-compile"
     if "no kernel image" in text:
         return "this build of torch was not made for this GPU: install one that was"
-    if "/torch_" in text or "shared memory" in text or "shm" in text:
+    if Path("/dev/shm").is_dir() and ("/torch_" in text or "shared memory" in text):
         size = shutil.disk_usage("/dev/shm").total / 1e6
         cure = "give the container more with --shm-size or --ipc=host, or use --workers 0"
         return f"the shared memory in /dev/shm ({size:.0f} MB) is too small: {cure}"
@@ -812,9 +813,11 @@ def resume_run(checkpoint: dict, run: dict, stateful: dict, output_dir: Path) ->
     stateful["optimizer"].param_groups[0]["fused"] = fused
     if RANK == 0:
         save_run(checkpoint, output_dir)  # A kill may have come between the files of an epoch.
-        if not (output_dir / "best_model.pth").exists():
+        try:
+            read_checkpoint(output_dir / "best_model.pth")
+        except InputError as error:
             best = best_epoch(checkpoint["history"])["epoch"]
-            print(f"best_model.pth of epoch {best} is gone: a better epoch writes it again")
+            print(f"{error}; an epoch better than {best} will write it again")
     return checkpoint["history"]
 
 

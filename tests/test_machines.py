@@ -157,14 +157,19 @@ def test_a_second_run_in_the_folder_ends_and_a_killed_one_holds_nobody_up(
     assert "another run" not in err
 
 
-def test_resuming_says_that_the_best_model_is_gone(cars, tmp_path, run_train):
+@pytest.mark.parametrize("damage", ["gone", "cut off"])
+def test_resuming_says_that_the_best_model_is_lost(cars, tmp_path, run_train, damage):
     assert run_train("--output-dir", tmp_path, "--epochs", 2)[0] == 0
     last = load(tmp_path / "last_checkpoint.pth")
     last["history"][0]["test_accuracy"] = 1.0
     torch.save(last, tmp_path / "last_checkpoint.pth")
-    (tmp_path / "best_model.pth").unlink()
+    best = tmp_path / "best_model.pth"
+    if damage == "gone":
+        best.unlink()
+    else:
+        best.write_bytes(best.read_bytes()[:1000])
     status, out, err = run_train("--output-dir", tmp_path, "--epochs", 2, "--resume")
-    assert status == 0 and "best_model.pth of epoch 1 is gone" in out, err
+    assert status == 0 and f"{best} is damaged" in out and "an epoch better than 1" in out, err
 
 
 def test_resume_takes_the_same_data_from_another_place(cars, tmp_path, run_train, monkeypatch):
