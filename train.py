@@ -304,8 +304,8 @@ def imagenet_statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tenso
 def normalize(images: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Move (B, R, R, 3) uint8 to `device`: (B, 3, R, R) float32, normalised, channels_last."""
     mean, std = imagenet_statistics(device)
-    images = images.to(device, non_blocking=True).movedim(-1, -3)
-    return images.sub(mean).div_(std)
+    channels_first = images.to(device, non_blocking=True).movedim(-1, -3)
+    return channels_first.sub(mean).div_(std)
 
 
 # ---------------------------------------------------------------- model
@@ -334,11 +334,12 @@ def read_checkpoint(path: Path) -> dict:
         warnings.catch_warnings(action="ignore"),  # They are about files that are refused then.
     ):
         try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:  # Its own message tells how to run the code in the file.
             raise ValueError("it holds more than tensors and plain values") from None
-        if "model" not in checkpoint:
-            checkpoint = {"model": checkpoint.get("state_dict", checkpoint)}
+        checkpoint = loaded
+        if "model" not in loaded:
+            checkpoint = {"model": loaded.get("state_dict", loaded)}
         prefix = re.compile(r"^((_orig_mod|module)\.)+")
         state = {prefix.sub("", name): value for name, value in checkpoint["model"].items()}
         with torch.device("meta"):
@@ -347,7 +348,7 @@ def read_checkpoint(path: Path) -> dict:
         finite = all(value.isfinite().all() for value in model.state_dict().values())
     if not finite:
         raise InputError(f"{path} holds weights that are not finite")
-    checkpoint = {**checkpoint, "model": model.state_dict()}
+    checkpoint["model"] = model.state_dict()
     check_fields(checkpoint, path)
     return checkpoint
 
@@ -417,14 +418,14 @@ def train_one_epoch(forward, batches, batch_sizes, device, autocast, optimizer, 
     loss and accuracy (0…1) over all processes, train photos per second, and the share (0…1) of
     the time that this process waited for photos.
     """
-    hidden = RANK > 0 or None  # None shows the bar where standard error is a terminal.
-    batches = tqdm(batches, "train", len(batch_sizes), leave=False, disable=hidden)
+    hidden = True if RANK > 0 else None  # None hides it where standard error is no terminal.
+    bar = tqdm(batches, "train", len(batch_sizes), leave=False, disable=hidden)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     loss_sum, correct = sums  # Views of it: what is added to them is added there.
     waited = 0.0
     start = time.perf_counter()
     step_end = start
-    for (images, targets), batch_size in zip(batches, batch_sizes, strict=True):
+    for (images, targets), batch_size in zip(bar, batch_sizes, strict=True):
         waited += time.perf_counter() - step_end
         targets = targets.to(device, non_blocking=True)
         with autocast:
@@ -643,14 +644,14 @@ def open_run(argv: list[str] | None) -> tuple:
     needed = ("settings", "classes", "photos", "history", "optimizer", "scheduler", "scaler")
     if not all(name in checkpoint for name in needed):
         raise InputError(f"{last} is no checkpoint to resume: it needs {', '.join(needed)}")
-    args = parse_args(argv, checkpoint["settings"])
+    resumed_args = parse_args(argv, checkpoint["settings"])
     for name in SETTINGS:
-        now = getattr(args, name)
+        now = getattr(resumed_args, name)
         before = checkpoint["settings"].get(name)
         if now != before and not (name == "epochs" and now > before):
             flag = f"--{name.replace('_', '-')} {now}"
             raise InputError(f"{flag} differs from the {before} of the run to resume in {folder}")
-    return args, checkpoint, lock
+    return resumed_args, checkpoint, lock
 
 
 # ---------------------------------------------------------------- process
