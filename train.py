@@ -277,9 +277,11 @@ def shuffled_batches(count: int, batch_size: int, epochs: Iterable[int], seed: i
 
 
 def start_worker(worker: int):
-    """Leave Ctrl-C to the main process, and end without a word when that ends this worker."""
+    """Leave Ctrl-C to the main process, and end without a word when that has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda signal_number, frame: os._exit(0))
+    # The main process reports a worker's errors. Threads would add that it no longer answers.
+    sys.excepthook = lambda *error: None
 
 
 def make_loader(photos: CarPhotos, batches: Iterable, workers: int, pin: bool) -> DataLoader:

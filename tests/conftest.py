@@ -1,3 +1,4 @@
+import gc
 import io
 import os
 import subprocess
@@ -80,6 +81,7 @@ def run_train(capfd, cars):
             status = train.run_command(lambda: train.main(argv))
         except SystemExit as stop:  # argparse
             status = stop.code
+        gc.collect()  # a run that failed keeps its lock until its frames go: elsewhere, with its process
         return status, *capfd.readouterr()
 
     return run
