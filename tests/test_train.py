@@ -156,6 +156,8 @@ def test_draws_depend_on_seed_epoch_and_photo_alone(cars):
         "loading a photo changed the random state of the process"
     )
     assert not torch.equal(photos[4, 5][0], first)
+    draws = train.CarPhotos(split, lambda photo, resolution: torch.rand(9), 32)
+    assert not torch.equal(draws[3, 5][0], draws[3, 6][0])
     assert not torch.equal(train.CarPhotos(split, train.random_crop, 32, seed=2)[3, 5][0], first)
 
 
