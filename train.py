@@ -177,7 +177,9 @@ def read_folder(folder: Path, split: str) -> datasets.Dataset:
             pyarrow.parquet.read_metadata(file)
     # Escaped, as datasets takes every name for a pattern.
     patterns = [glob.escape(str(file)) for file in files]
-    return datasets.load_dataset(str(folder), data_files={split: patterns}, split=split)
+    names = ", ".join(file.name for file in files)
+    with reported_as(f"cannot load the {split} split from {names} in {folder / 'data'}"):
+        return datasets.load_dataset(str(folder), data_files={split: patterns}, split=split)
 
 
 def decode_photo(encoded: bytes) -> torch.Tensor:

@@ -62,7 +62,7 @@ def git_lfs_pointer(path):
 def test_a_parquet_file_that_is_not_whole_is_refused_by_name(tmp_path, damage):
     folder = write_dataset(tmp_path / "cars", ROWS, ROWS, ["a", "b"])
     damage(folder / "data/train-0.parquet")
-    with pytest.raises(train.InputError, match="train-0.parquet|the train split"):
+    with pytest.raises(train.InputError, match="train-0.parquet"):
         train.load_cars(str(folder))
 
 
