@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import signal
-import textwrap
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from pathlib import Path
 os.environ["MPLBACKEND"] = "agg"
 if __name__ == "__main__":
     # Ctrl-C ends the process at once; as an exception, it can be lost or draw tracebacks.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, lambda signal_number, frame: os._exit(130))
 
 import sys
 
@@ -83,10 +83,9 @@ def predict(model, views: torch.Tensor, autocast) -> tuple[torch.Tensor, torch.T
 
 def predict_all(model, cars: CarPhotos, args, autocast) -> tuple[torch.Tensor, torch.Tensor]:
     """`predict` for all photos; raises InputError where logits are not finite."""
-    batches = train.split_into_batches(range(len(cars.photos)), args.batch_size)
-    pin = next(model.parameters()).is_cuda
-    loader = train.make_loader(cars, batches, args.workers, pin)
-    bar = tqdm(loader, "test", len(batches), leave=False, disable=None)
+    batches = list(train.split_into_batches(range(len(cars.photos)), args.batch_size))
+    loader = train.make_loader(cars, batches, args.workers, pin=torch.cuda.is_available())
+    bar = tqdm(loader, "test", leave=False, disable=None)
     logits = [predict(model, views, autocast) for views, _ in bar]
     single = torch.cat([first for first, _ in logits])
     mean = torch.cat([average for _, average in logits])
@@ -102,7 +101,7 @@ def grad_cam(model, crops: torch.Tensor, classes: list[int], batch_size: int) ->
     with GradCAM(model, [model.layer4[-1]]) as cam:
         for start in range(0, len(crops), batch_size):
             batch = slice(start, start + batch_size)
-            targets = [ClassifierOutputTarget(int(index)) for index in classes[batch]]
+            targets = [ClassifierOutputTarget(index) for index in classes[batch]]
             maps.append(cam(normalize(crops[batch], device), targets))
     return np.concatenate(maps)
 
@@ -141,17 +140,24 @@ def class_accuracies(confusion: np.ndarray, classes: list[str]) -> list[dict]:
     for index, name in enumerate(classes):
         correct = int(confusion[index, index])
         total = int(confusion[index].sum())
-        share = correct / total if total else None
-        rows.append(
-            {
-                "index": index,
-                "name": name,
-                "accuracy": share,
-                "correct": correct,
-                "total": total,
-            }
-        )
+        row = {"index": index, "name": name, "correct": correct, "total": total}
+        row["accuracy"] = correct / total if total else None
+        rows.append(row)
     return rows
+
+
+def confused_pairs(confusion: np.ndarray, classes: list[str]) -> list[dict]:
+    """The ten most frequent errors: classes, count, share (0…1) of the true class's photos."""
+    errors = Counter()
+    for (true, predicted), count in np.ndenumerate(confusion):
+        if count > 0 and true != predicted:
+            errors[true, predicted] = int(count)
+    pairs = []
+    for (true, predicted), count in errors.most_common(10):
+        pair = {"true": classes[true], "predicted": classes[predicted], "count": count}
+        pair["share"] = count / int(confusion[true].sum())
+        pairs.append(pair)
+    return pairs
 
 
 def worst_first(class_rows: list[dict]) -> list[dict]:
@@ -159,39 +165,22 @@ def worst_first(class_rows: list[dict]) -> list[dict]:
     return sorted(tested, key=lambda row: row["accuracy"])
 
 
-def confused_pairs(confusion: np.ndarray, classes: list[str], most: int = 10) -> list[dict]:
-    """The most frequent errors: true and predicted class, count, share (0…1) of the true class."""
-    errors = confusion - np.diag(confusion.diagonal())
-    pairs = []
-    for place in np.argsort(-errors, axis=None, kind="stable")[:most]:
-        true, predicted = np.unravel_index(place, errors.shape)
-        count = int(errors[true, predicted])
-        if count == 0:
-            break
-        pairs.append(
-            {
-                "true": classes[true],
-                "predicted": classes[predicted],
-                "count": count,
-                "share": count / int(confusion[true].sum()),
-            }
-        )
-    return pairs
-
-
 def print_classes(title: str, class_rows: list[dict]):
     print(f"\n{title}")
-    width = max(len(row["name"]) for row in class_rows)
     for row in class_rows:
         share = f"{row['accuracy']:.2%}" if row["total"] else "no photo"
         counts = f"{row['correct']}/{row['total']}"
-        print(f"{row['index']:>4}  {row['name']:<{width}}  {share:>8}  {counts}")
+        print(f"{share:>8}  {counts:>7}  {row['index']:>4}  {row['name']}")
 
 
-def report(single: torch.Tensor, mean: torch.Tensor, labels: torch.Tensor, classes, tta) -> dict:
-    """Print and return what the (N, classes) logits are worth, beside the (N,) int64 labels."""
+def report(single, mean, labels, classes: list[str], tta: bool) -> dict:
+    """Print and return what (N, classes) logits are worth, beside (N,) int64 labels.
+
+    `single` are those of the first view; `mean`, with `tta`, those of the six.
+    """
     confusion = count_confusion(single, labels)
     class_rows = class_accuracies(confusion, classes)
+    worst = worst_first(class_rows)
     in_top5 = single.topk(min(5, len(classes))).indices == labels[:, None]
     metrics = {
         "test": accuracy(int(confusion.trace()), len(labels)),
@@ -202,19 +191,19 @@ def report(single: torch.Tensor, mean: torch.Tensor, labels: torch.Tensor, class
     print(f"\ntest accuracy   {with_interval(metrics['test'])}")
     print(f"top-5 accuracy  {with_interval(metrics['top5'])}")
     print_classes("accuracy per class", class_rows)
-    print_classes("ten worst classes", worst_first(class_rows)[:10])
-    print_classes("ten best classes", worst_first(class_rows)[:-11:-1])
+    print_classes("ten worst classes", worst[:10])
+    print_classes("ten best classes", worst[:-11:-1])
     if tta:
         tta_confusion = count_confusion(mean, labels)
         tta_rows = class_accuracies(tta_confusion, classes)
         metrics["tta"] = accuracy(int(tta_confusion.trace()), len(labels))
         metrics["tta"]["per_class"] = tta_rows
         gain = 100 * (metrics["tta"]["accuracy"] - metrics["test"]["accuracy"])
-        print(f"\nsix views       {with_interval(metrics['tta'])}", end="")
-        print(f", {gain:+.2f} points to the single view")
-        print_classes("ten worst classes of the single view", worst_first(class_rows)[:10])
+        print(f"\nsix views       {with_interval(metrics['tta'])}")
+        print(f"                {gain:+.2f} points to the single view")
+        print_classes("ten worst classes of the single view", worst[:10])
         print_classes("ten worst classes of the six views", worst_first(tta_rows)[:10])
-    print("\nmost confused pairs: true → predicted, count, share of the true class")
+    print("\nmost confused pairs: count, share of the true class, true → predicted")
     for pair in metrics["confused_pairs"]:
         names = f"{pair['true']} → {pair['predicted']}"
         print(f"{pair['count']:>4}  {pair['share']:>8.2%}  {names}")
@@ -225,16 +214,41 @@ def write_metrics(metrics: dict, args: argparse.Namespace):
     """Write metrics.json: what was printed, with the settings and versions behind it."""
     packages = ("torch", "torchvision", "datasets", "grad-cam", "numpy")
     versions = {name: version(name) for name in packages}
-    names = ("checkpoint", "dataset", "resolution", "seed", "amp", "batch_size")
-    settings = {name: getattr(args, name) for name in names}
     versions["python"] = platform.python_version()
-    contents = {**metrics, "settings": settings, "versions": versions}
+    contents = {**metrics, "settings": vars(args), "versions": versions}
     text = json.dumps(contents, indent=2, ensure_ascii=False, default=str)
-    with whole_file(args.output_dir / "metrics.json") as draft:
+    path = args.output_dir / "metrics.json"
+    with whole_file(path) as draft:
         draft.write_text(text, encoding="utf-8")
+    print(f"\nwrote {path}")
 
 
 # ---------------------------------------------------------------- figures
+
+
+def save_figure(figure: Figure, path: Path):
+    with whole_file(path) as draft:
+        figure.savefig(draft, format="png", dpi=100)
+    print(f"wrote {path}")
+
+
+def plot_confusion(confusion: np.ndarray, classes: list[str]) -> Figure:
+    """The (classes, classes) counts, coloured by their share of the true class."""
+    share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    count = len(classes)
+    longest = max(len(name) for name in classes)
+    side = 0.16 * count + 0.07 * longest + 2  # inches: cells, names, the bar
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(np.ma.masked_equal(share, 0), cmap="viridis_r", vmin=0, vmax=1)
+    axes.set_xticks(range(count), classes, rotation=90, fontsize=7, parse_math=False)
+    axes.set_yticks(range(count), classes, fontsize=7, parse_math=False)
+    axes.set(xlabel="predicted class", ylabel="true class")
+    lines = np.arange(count + 1) - 0.5  # between the cells
+    axes.hlines(lines, -0.5, count - 0.5, color="0.9", linewidth=0.5)
+    axes.vlines(lines, -0.5, count - 0.5, color="0.9", linewidth=0.5)
+    figure.colorbar(image, ax=axes, shrink=0.5, label="share of the true class")
+    return figure
 
 
 def plot_grad_cam(crops: torch.Tensor, maps: np.ndarray, titles: list, colors: list) -> Figure:
@@ -257,63 +271,39 @@ def plot_grad_cam(crops: torch.Tensor, maps: np.ndarray, titles: list, colors: l
     return figure
 
 
-def plot_confusion(confusion: np.ndarray, classes: list[str]) -> Figure:
-    """The (classes, classes) counts, coloured by their share of the true class."""
-    count = len(classes)
-    longest = max(len(name) for name in classes)
-    side = 0.16 * count + 0.07 * longest + 2  # inches: cells, names, the bar
-    figure = Figure(figsize=(side, side), layout="constrained")
-    axes = figure.subplots()
-    share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    image = axes.imshow(np.ma.masked_equal(share, 0), cmap="viridis_r", vmin=0, vmax=1)
-    axes.set_xticks(range(count), classes, rotation=90, fontsize=7, parse_math=False)
-    axes.set_yticks(range(count), classes, fontsize=7, parse_math=False)
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
-    lines = np.arange(count + 1) - 0.5
-    axes.hlines(lines, -0.5, count - 0.5, color="0.9", linewidth=0.5)
-    axes.vlines(lines, -0.5, count - 0.5, color="0.9", linewidth=0.5)
-    figure.colorbar(image, ax=axes, shrink=0.5, label="share of the true class")
-    return figure
-
-
-def save_figure(figure: Figure, path: Path):
-    with whole_file(path) as draft:
-        figure.savefig(draft, format="png", dpi=100)
-    print(f"wrote {path}")
-
-
-def choose_photos(wrong: np.ndarray, labels: np.ndarray, class_rows: list, args) -> dict:
-    """Rows of the photos in each GradCAM figure: random ones, and an error of each worst class."""
-    random = np.random.default_rng(args.seed)
-    samples = random.permutation(len(labels))[: args.num_gradcam]
-    errors = []
-    for row in worst_first(class_rows)[:5]:
-        errors_of_class = np.flatnonzero(wrong & (labels == row["index"]))
-        if len(errors_of_class):
-            errors.append(random.choice(errors_of_class))
-    return {"gradcam_samples.png": samples, "gradcam_worst.png": np.array(errors, dtype=int)}
-
-
-def draw_test_photos(path: Path, rows, model, cars: CarPhotos, logits, labels, classes, args):
-    """GradCAM of the test photos in `rows`, titled with their true and predicted class."""
-    if not len(rows):
-        path.unlink(missing_ok=True)  # An older evaluation's figure is not this one's.
-        print(f"no photo is misclassified: no {path.name}")
-        return
-    predicted = logits.argmax(1)
-    titles = []
-    colors = []
-    for row in rows:
-        wrong = predicted[row] != labels[row]
-        verdict = "WRONG" if wrong else "right"
-        confidence = f"{verdict}, confidence {logits[row].softmax(0).max():.2%}"
-        names = f"true: {classes[labels[row]]}\npredicted: {classes[predicted[row]]}"
-        titles.append(f"{names}\n{confidence}")
-        colors.append("firebrick" if wrong else "darkgreen")
-    crops = torch.stack([cars[0, int(row)][0][0] for row in rows])
-    maps = grad_cam(model, crops, predicted[rows].tolist(), args.batch_size)
+def draw_grad_cam(path: Path, cells: list[dict], model, batch_size: int):
+    """Write the figure of `cells`: each a crop, the class to explain, a title and its colour."""
+    crops = torch.stack([cell["crop"] for cell in cells])
+    maps = grad_cam(model, crops, [cell["class"] for cell in cells], batch_size)
+    titles = [cell["title"] for cell in cells]
+    colors = [cell["color"] for cell in cells]
     save_figure(plot_grad_cam(crops, maps, titles, colors), path)
+
+
+def choose_errors(logits, labels, class_rows: list[dict], random) -> list[int]:
+    """The row of one misclassified photo, drawn by `random`, of each of the five worst classes."""
+    wrong = logits.argmax(1) != labels
+    rows = []
+    for class_row in worst_first(class_rows)[:5]:
+        errors = torch.nonzero(wrong & (labels == class_row["index"])).flatten()
+        if len(errors) > 0:
+            rows.append(int(random.choice(errors)))
+    return rows
+
+
+def photo_cell(row: int, cars: CarPhotos, logits, classes: list[str]) -> dict:
+    """The GradCAM cell of the test photo in `row`, titled with its true and predicted class."""
+    views, label = cars[0, row]
+    confidence, guess = logits[row].softmax(0).max(0)
+    right = guess == label
+    verdict = "right" if right else "WRONG"
+    title = (
+        f"true: {classes[label]}\n"
+        f"predicted: {classes[guess]}\n"
+        f"{verdict}, confidence {confidence:.2%}"
+    )
+    color = "darkgreen" if right else "firebrick"
+    return {"crop": views[0], "class": int(guess), "title": title, "color": color}
 
 
 # ---------------------------------------------------------------- command line
@@ -354,36 +344,29 @@ def name_images(args: argparse.Namespace, model, classes: list[str], autocast):
 
     Raises InputError at the end, naming the files that could not be read.
     """
-    paths = []
-    views = []
+    cells = []
     unreadable = []
     for path in args.images:
         try:
             if not path.is_file():
                 raise ValueError("no file")
             photo = train.decode_photo(path.read_bytes())
-            views.append(crop_views(photo, args.resolution, args.tta))
-            paths.append(path)
         except Exception as error:  # Each of Pillow's decoders raises its own.
             unreadable.append(f"{path} ({train.reason(error)})")
-    titles = []
-    best = []
-    for path, view in zip(paths, views, strict=True):
-        _, mean = predict(model, view[None], autocast)
-        confidence = mean[0].softmax(0)
+            continue
+        views = crop_views(photo, args.resolution, args.tta)
+        _, logits = predict(model, views[None], autocast)
+        confidence, likeliest = logits[0].softmax(0).topk(min(5, len(classes)))
         print(f"\n{path}")
-        for share, index in zip(*confidence.topk(min(5, len(classes))), strict=True):
+        for share, index in zip(confidence, likeliest, strict=True):
             print(f"{share:>9.2%}  {classes[index]}")
-        best.append(int(confidence.argmax()))
+        guess = int(likeliest[0])
         printable = path.name.encode(errors="replace").decode()
-        name = "\n".join(textwrap.wrap(printable, 60)[-2:])
-        titles.append(f"{name}\n{classes[best[-1]]}, {confidence.max():.2%}")
-    shown = min(args.num_gradcam, len(paths))
+        title = f"{printable[-60:]}\n{classes[guess]}, {confidence[0]:.2%}"
+        cells.append({"crop": views[0], "class": guess, "title": title, "color": "black"})
+    shown = cells[: args.num_gradcam]
     if shown:
-        crops = torch.stack([view[0] for view in views[:shown]])
-        maps = grad_cam(model, crops, best[:shown], args.batch_size)
-        figure = plot_grad_cam(crops, maps, titles[:shown], ["black"] * shown)
-        save_figure(figure, args.output_dir / "gradcam_images.png")
+        draw_grad_cam(args.output_dir / "gradcam_images.png", shown, model, args.batch_size)
     if unreadable:
         names = "; ".join(unreadable)
         raise InputError(f"{len(unreadable)} of {len(args.images)} photos cannot be read: {names}")
@@ -394,13 +377,9 @@ def load_test_photos(args: argparse.Namespace, checkpoint: dict):
     photos = train.load_cars(args.dataset, ("test",))["test"]
     classes = photos.features["label"].names
     num_classes = len(checkpoint["model"]["fc.bias"])
-    known = checkpoint.get("classes", classes)
-    if len(classes) != num_classes or known != classes:
-        others = [name for name in known if name not in classes][:3] or "another order"
-        raise InputError(
-            f"{args.checkpoint} knows {num_classes} classes and --dataset {args.dataset} has "
-            f"{len(classes)}, or others ({others}): name the data set that it was trained on"
-        )
+    if len(classes) != num_classes or checkpoint.get("classes", classes) != classes:
+        advice = f"name the data set that {args.checkpoint} was trained on"
+        raise InputError(f"--dataset {args.dataset} has other classes: {advice}")
     print(f"test        {args.dataset}: {len(photos)} photos, {num_classes} classes")
     return photos, classes
 
@@ -408,14 +387,12 @@ def load_test_photos(args: argparse.Namespace, checkpoint: dict):
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
     train.make_output_dir(args.output_dir)
-    if not args.checkpoint.is_file():
-        advice = "train one with train.py, or name another"
-        raise InputError(f"--checkpoint {args.checkpoint} is not a file: {advice}")
     checkpoint = train.read_checkpoint(args.checkpoint)
     trained_at = checkpoint.get("resolution", 224)
     args.resolution = args.resolution or trained_at
-    trained = f"epoch {checkpoint['epoch']}, {trained_at} px" if "epoch" in checkpoint else "bare"
-    print(f"checkpoint  {args.checkpoint} ({trained}); evaluated at {args.resolution} px")
+    epoch = checkpoint.get("epoch", "unknown")
+    print(f"checkpoint  {args.checkpoint} (epoch {epoch}, {trained_at} px)", end="")
+    print(f"; evaluated at {args.resolution} px")
     model, autocast = load_model(args, checkpoint)
     if args.images:
         num_classes = len(checkpoint["model"]["fc.bias"])
@@ -432,15 +409,22 @@ def main(argv: list[str] | None = None):
     metrics = report(single, mean, labels, classes, args.tta)
     write_metrics(metrics, args)  # Before the figures: if one fails, the numbers are there.
 
-    print(f"\nwrote {args.output_dir / 'metrics.json'}")
-    confusion = count_confusion(single, labels)
-    save_figure(plot_confusion(confusion, classes), args.output_dir / "confusion_matrix.png")
-    if args.num_gradcam:
-        wrong = (single.argmax(1) != labels).numpy()
-        figures = choose_photos(wrong, labels.numpy(), metrics["per_class"], args)
-        for name, rows in figures.items():
-            path = args.output_dir / name
-            draw_test_photos(path, rows, model, cars, single, labels, classes, args)
+    figure = plot_confusion(count_confusion(single, labels), classes)
+    save_figure(figure, args.output_dir / "confusion_matrix.png")
+    if args.num_gradcam == 0:
+        return
+    random = np.random.default_rng(args.seed)
+    samples = random.permutation(len(photos))[: args.num_gradcam].tolist()
+    errors = choose_errors(single, labels, metrics["per_class"], random)
+    figures = {"gradcam_samples.png": samples, "gradcam_worst.png": errors}
+    for name, rows in figures.items():
+        path = args.output_dir / name
+        cells = [photo_cell(row, cars, single, classes) for row in rows]
+        if cells:
+            draw_grad_cam(path, cells, model, args.batch_size)
+        else:
+            path.unlink(missing_ok=True)  # An older evaluation's figure is not this one's.
+            print(f"no photo is misclassified: no {name}")
 
 
 if __name__ == "__main__":

@@ -24,43 +24,38 @@ import glob
 import io
 import itertools
 import math
-import multiprocessing
 import os
-import pickle
 import re
-import shlex
 import shutil
 import signal
 import socket
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 # Set before matplotlib is imported: no window is opened, and a notebook's backend may be missing.
 os.environ["MPLBACKEND"] = "agg"
 if __name__ == "__main__":
-    # The imports take seconds, in which Ctrl-C would end in a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Ctrl-C ends the process at once, which loses nothing. As an exception it can get lost in a
+    # destructor, and draws tracebacks from imports, threads and workers.
+    signal.signal(signal.SIGINT, lambda signal_number, frame: os._exit(130))
 
 import datasets
 import filelock
 import numpy as np
-import pyarrow.parquet
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from huggingface_hub.utils import disable_progress_bars
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.models import ResNet50_Weights, resnet50
-from torchvision.transforms import RandomResizedCrop, v2
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of red, green and blue in 0…1
@@ -117,9 +112,7 @@ def load_cars(dataset: str, splits: tuple = ("train", "test")) -> dict[str, data
     Each split has the columns `image` (still encoded) and `label` (a ClassLabel). Raises
     InputError where a split cannot be had, or where the splits differ in their classes.
     """
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-        disable_progress_bars()
+    datasets.disable_progress_bars()
     cars = {split: load_split(dataset, split) for split in splits}
     classes = [photos.features["label"].names for photos in cars.values()]
     if classes[0] != classes[-1]:
@@ -142,16 +135,15 @@ def load_split(dataset: str, split: str) -> datasets.Dataset:
         else:
             photos = datasets.load_dataset(dataset, split=split)
 
-    columns = {name: type(feature).__name__ for name, feature in photos.features.items()}
-    if columns.get("image") != "Image" or columns.get("label") != "ClassLabel" or not len(photos):
-        needs = "photos with the columns 'image' (Image) and 'label' (ClassLabel)"
-        text = f"the {split} split of --dataset {dataset} needs {needs}"
-        raise InputError(f"{text}; it has {len(photos)} with {columns}")
-    num_classes = photos.features["label"].num_classes
-    for row, label in enumerate(photos["label"]):
-        if label is None or not 0 <= label < num_classes:
-            text = f"the {split} photo in row {row} of --dataset {dataset}"
-            raise InputError(f"{text} has label {label}, which is no class")
+        columns = {name: type(feature).__name__ for name, feature in photos.features.items()}
+        labelled = columns.get("image") == "Image" and columns.get("label") == "ClassLabel"
+        if not labelled or not len(photos):
+            needed = "photos with the columns 'image' (Image) and 'label' (ClassLabel)"
+            raise ValueError(f"it needs {needed}, and has {len(photos)} with {columns}")
+        classes = range(photos.features["label"].num_classes)
+        for row, label in enumerate(photos["label"]):
+            if label not in classes:
+                raise ValueError(f"row {row} has label {label}, which is no class")
     return photos.cast_column("image", datasets.Image(decode=False))
 
 
@@ -166,15 +158,11 @@ def read_folder(folder: Path, split: str) -> datasets.Dataset:
 
     files = sorted((folder / "data").glob(f"{split}-*.parquet"))
     if not files:
-        wanted = f"{split}/CLASS/*.jpg nor data/{split}-*.parquet"
-        raise InputError(f"--dataset {folder} has no {split} split: neither {wanted}")
-    for file in files:
-        shards = re.search(r"-of-(\d+)", file.stem)
-        if shards and int(shards[1]) != len(files):
-            text = f"{folder / 'data'} has {len(files)} of the {split} split's files"
-            raise InputError(f"{text}; {file.name} says that there are {int(shards[1])}")
-        with reported_as(f"{file} is damaged, or is no parquet file"):
-            pyarrow.parquet.read_metadata(file)
+        raise ValueError(f"it has neither {split}/CLASS/*.jpg nor data/{split}-*.parquet")
+    shards = re.search(r"-of-(\d+)", files[0].stem)
+    if shards and int(shards[1]) != len(files):
+        counted = f"it has {len(files)} of the {split} split's files"
+        raise ValueError(f"{counted}; {files[0].name} says that there are {int(shards[1])}")
     # Escaped, as datasets takes every name for a pattern.
     patterns = [glob.escape(str(file)) for file in files]
     names = ", ".join(file.name for file in files)
@@ -189,36 +177,23 @@ def decode_photo(encoded: bytes) -> torch.Tensor:
     """
     # The formats are listed, since Pillow would hand an EPS file to Ghostscript.
     formats = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-    with Image.open(io.BytesIO(encoded), formats=formats) as photo:
-        if max(photo.size) > 50 * min(photo.size):
-            raise ValueError(f"{photo.width} × {photo.height} pixels are no photo")
-        ImageOps.exif_transpose(photo, in_place=True)
-        if photo.mode.startswith("I;16"):
-            # Pillow's own conversion of 16 bits would clip them to white.
-            grey = (np.asarray(photo) // 257).astype(np.uint8)
-            pixels = np.stack([grey, grey, grey], axis=-1)
-        elif photo.mode == "P":
-            # By way of RGBA, else Pillow warns that a palette's transparency is lost.
-            pixels = np.array(photo.convert("RGBA").convert("RGB"))
-        else:
-            pixels = np.array(photo.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    with Image.open(io.BytesIO(encoded), formats=formats) as file:
+        if max(file.size) > 50 * min(file.size):  # Resized, it would fill the memory.
+            raise ValueError(f"{file.width} × {file.height} pixels are no photo")
+        photo = ImageOps.exif_transpose(file)
+    if photo.mode.startswith("I;16"):
+        # Pillow's own conversion of 16 bits would clip them to white.
+        photo = Image.fromarray((np.asarray(photo) // 257).astype(np.uint8))
+    if photo.mode == "P":
+        # By way of RGBA, else Pillow warns that a palette's transparency is lost.
+        photo = photo.convert("RGBA")
+    return v2.functional.pil_to_tensor(photo.convert("RGB"))
 
 
 def random_crop(photo: torch.Tensor, resolution: int) -> torch.Tensor:
-    """Train crop of (3, H, W) uint8: (R, R, 3) uint8. RandomResizedCrop, then random mirroring.
-
-    Pixel for pixel torchvision's v2; but resizing a copy of the crop is a third faster.
-    """
-    top, left, height, width = RandomResizedCrop.get_params(
-        photo, scale=(0.08, 1), ratio=(3 / 4, 4 / 3)
-    )
-    crop = photo[None, :, top : top + height, left : left + width]
-    crop = crop.contiguous(memory_format=torch.channels_last)
-    crop = v2.functional.resize(crop, [resolution, resolution], antialias=True)[0]
-    if torch.rand(1) < 0.5:
-        crop = crop.flip(-1)
-    return crop.movedim(0, -1)
+    """Train crop of (3, H, W) uint8: (R, R, 3) uint8, mirrored or not."""
+    crop = v2.RandomResizedCrop(resolution, antialias=True)(photo)
+    return v2.RandomHorizontalFlip()(crop).movedim(0, -1)
 
 
 def center_crop(photo: torch.Tensor, resolution: int, side_at_224: int = 256) -> torch.Tensor:
@@ -259,23 +234,22 @@ class CarPhotos(torch.utils.data.Dataset):
             return self.crop(pixels, self.resolution), photo["label"]
 
 
-def split_into_batches(rows, batch_size: int, epoch: int = 0, rank: int = 0, processes: int = 1):
-    """Lists of the (epoch, row) keys of each batch that fall to process `rank` of `processes`."""
-    batches = []
+def split_into_batches(rows, batch_size: int, epoch: int = 0) -> Iterator[list]:
+    """Yield the (epoch, row) keys of each batch of `rows`, as far as they fall to this process."""
     for start in range(0, len(rows), batch_size):
-        own_rows = rows[start : start + batch_size][rank::processes]
-        batches.append([(epoch, row) for row in own_rows])
-    return batches
+        own_rows = rows[start : start + batch_size][RANK::PROCESSES]
+        if own_rows:
+            yield [(epoch, row) for row in own_rows]
 
 
 def shuffled_batches(count: int, batch_size: int, epochs: Iterable[int], seed: int) -> Iterator:
-    """Yield this process's batches of keys, epoch after epoch; (seed, epoch) draws the order.
+    """Yield batches of keys, epoch after epoch, in an order that (seed, epoch) draws.
 
     One sampler for all epochs lets the workers begin the next one during the evaluation.
     """
     for epoch in epochs:
         rows = np.random.default_rng([seed, epoch]).permutation(count).tolist()
-        yield from split_into_batches(rows, batch_size, epoch, RANK, PROCESSES)
+        yield from split_into_batches(rows, batch_size, epoch)
 
 
 def start_worker(worker: int):
@@ -296,6 +270,20 @@ def make_loader(photos: CarPhotos, batches: Iterable, workers: int, pin: bool) -
         pin_memory=pin,
         worker_init_fn=start_worker,
     )
+
+
+def load_test_batches(photos: datasets.Dataset, args: argparse.Namespace, pin: bool) -> Iterable:
+    """This process's test crops, to go over in each epoch: a list, or a loader if they are large.
+
+    Test crops never change, so that they are decoded once where memory is not short.
+    """
+    batches = list(split_into_batches(range(len(photos)), args.batch_size))
+    crops = CarPhotos(photos, center_crop, args.resolution)
+    if len(photos) * 3 * args.resolution**2 > KEPT_CROPS_LIMIT:
+        return make_loader(crops, batches, args.workers, pin)
+    loader = make_loader(crops, batches, args.workers, pin=False)
+    # Copied, because what a worker hands over takes shared memory, and containers have little.
+    return [(images.clone(), targets.clone()) for images, targets in loader]
 
 
 @functools.cache
@@ -331,43 +319,31 @@ def read_checkpoint(path: Path) -> dict:
     """Read a checkpoint, or a bare state dict, of a ResNet-50 onto the CPU.
 
     No code that the file may hold is run. Returns a dict whose `model` is the state dict, without
-    the prefixes of torch.compile and DistributedDataParallel. Raises InputError for all else.
+    the prefixes of torch.compile and DistributedDataParallel. Raises InputError where the weights,
+    or what stands beside them, cannot be of a ResNet-50 that train.py trained.
     """
-    with (
-        reported_as(f"{path} is damaged, or of another architecture than ResNet-50"),
-        warnings.catch_warnings(action="ignore"),  # They are about files that are refused then.
-    ):
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:  # Its own message tells how to run the code in the file.
-            raise ValueError("it holds more than tensors and plain values") from None
-        checkpoint = loaded
-        if "model" not in loaded:
-            checkpoint = {"model": loaded.get("state_dict", loaded)}
+    fields = {"classes": list, "resolution": int, "epoch": int, "settings": dict, "history": list}
+    with reported_as(f"{path} is missing, damaged, or of another architecture than ResNet-50"):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if "model" not in checkpoint:
+            checkpoint = {"model": checkpoint.get("state_dict", checkpoint)}
         prefix = re.compile(r"^((_orig_mod|module)\.)+")
         state = {prefix.sub("", name): value for name, value in checkpoint["model"].items()}
+        num_classes = len(state.get("fc.bias", [None]))  # load_state_dict says if it is missing.
         with torch.device("meta"):
-            model = resnet50(num_classes=len(state.get("fc.bias", ())))
+            model = resnet50(num_classes=num_classes)
         model.load_state_dict(state, assign=True)
-        finite = all(value.isfinite().all() for value in model.state_dict().values())
-    if not finite:
-        raise InputError(f"{path} holds weights that are not finite")
-    checkpoint["model"] = model.state_dict()
-    check_fields(checkpoint, path)
+        checkpoint["model"] = model.state_dict()
+        if not all(value.isfinite().all() for value in checkpoint["model"].values()):
+            raise ValueError("it holds weights that are not finite")
+        for name, kind in fields.items():
+            if not isinstance(checkpoint.get(name, kind()), kind):
+                raise ValueError(f"its {name} is no {kind.__name__}")
+        if len(checkpoint.get("classes", range(num_classes))) != num_classes:
+            raise ValueError(f"it names other than the {num_classes} classes of its fc")
+        if not 32 <= checkpoint.get("resolution", 224) <= 4096:
+            raise ValueError(f"its resolution is {checkpoint['resolution']} px")
     return checkpoint
-
-
-def check_fields(checkpoint: dict, path: Path):
-    """Raise InputError where what stands beside the weights, if anything does, makes no sense."""
-    kinds = {"classes": list, "resolution": int, "epoch": int, "settings": dict, "history": list}
-    for name, kind in kinds.items():
-        if name in checkpoint and not isinstance(checkpoint[name], kind):
-            raise InputError(f"{path} is not of train.py: its {name} is no {kind.__name__}")
-    num_classes = len(checkpoint["model"]["fc.bias"])
-    if len(checkpoint.get("classes", range(num_classes))) != num_classes:
-        raise InputError(f"{path} names other than the {num_classes} classes of its fc")
-    if not 32 <= checkpoint.get("resolution", 32) <= 4096:
-        raise InputError(f"{path} says {checkpoint['resolution']} px, which is not 32 to 4096")
 
 
 def build_model(weights: str, num_classes: int) -> torch.nn.Module:
@@ -383,8 +359,9 @@ def build_model(weights: str, num_classes: int) -> torch.nn.Module:
         state = read_checkpoint(Path(weights))["model"]
     elif weights in PRETRAINED:
         socket.setdefaulttimeout(30)  # A proxy that never answers would be waited for for ever.
-        cache = f"{torch.hub.get_dir()}/checkpoints"
-        advice = f"check the network, and delete a damaged file in {cache}"
+        advice = (
+            f"check the network, and delete a damaged file in {torch.hub.get_dir()}/checkpoints"
+        )
         with reported_as(f"cannot load --weights {weights} ({advice})"):
             show_bar = sys.stderr.isatty()
             state = PRETRAINED[weights].get_state_dict(progress=show_bar, check_hash=True)
@@ -486,9 +463,8 @@ def whole_file(path: Path):
     """
     draft = path.with_name(f".partial-{path.name}")
     free = shutil.disk_usage(path.parent).free / 1e6
-    before = "what was there before is whole"
     try:
-        with reported_as(f"cannot write {path} ({before}; {free:.0f} MB are free)"):
+        with reported_as(f"cannot write {path} (the old one is whole; {free:.0f} MB are free)"):
             yield draft
             os.replace(draft, path)
     finally:
@@ -507,11 +483,15 @@ def best_epoch(history: list[dict]) -> dict:
     return max(history, key=lambda row: row["test_accuracy"])
 
 
-def save_run(checkpoint: dict, output_dir: Path):
+def save_run(run: dict, stateful: dict, history: list[dict], output_dir: Path):
     """Write last_checkpoint.pth, which holds the whole run, and then what follows from it."""
+    states = {name: part.state_dict() for name, part in stateful.items()}
+    # On the CPU and contiguous, whatever the device and the memory format here.
+    for name, value in states["model"].items():
+        states["model"][name] = value.cpu().contiguous()
+    checkpoint = {**run, **states, "epoch": len(history), "history": history}
     with whole_file(output_dir / "last_checkpoint.pth") as draft:
         torch.save(checkpoint, draft)
-    history = checkpoint["history"]
     best = best_epoch(history)
     if best is history[-1]:
         names = ("model", "classes", "resolution", "epoch", "settings")
@@ -530,18 +510,15 @@ def save_run(checkpoint: dict, output_dir: Path):
 def plot_history(history: list[dict]) -> Figure:
     """Loss and accuracy of both splits by epoch, with a dotted line at each change of lr."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")  # inches
-    loss_axes, accuracy_axes = figure.subplots(1, 2)
-    loss_axes.set(ylabel="cross-entropy loss")
-    accuracy_axes.set(ylabel="accuracy (0…1)")
     epochs = [row["epoch"] for row in history]
-    for axes, measure in ((loss_axes, "loss"), (accuracy_axes, "accuracy")):
+    for axes, measure in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for split in ("train", "test"):
             values = [row[f"{split}_{measure}"] for row in history]
             axes.plot(epochs, values, marker=".", label=split)
         for before, after in itertools.pairwise(history):
             if before["lr"] != after["lr"]:
                 axes.axvline(after["epoch"] - 0.5, color="grey", linestyle=":")
-        axes.set_xlabel("epoch")
+        axes.set(xlabel="epoch", ylabel=measure)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
@@ -628,11 +605,8 @@ def open_run(argv: list[str] | None) -> tuple:
     folder = args.output_dir
     make_output_dir(folder)
     lock = filelock.FileLock(folder / ".lock", blocking=False)
-    if RANK == 0:
-        try:
-            lock.acquire()
-        except filelock.Timeout as error:
-            raise InputError(f"another run is writing to --output-dir {folder}") from error
+    with reported_as(f"another run is writing to --output-dir {folder}"):
+        lock.acquire()
 
     last = folder / "last_checkpoint.pth"
     names = (last.name, "best_model.pth", "history.csv")
@@ -648,36 +622,36 @@ def open_run(argv: list[str] | None) -> tuple:
     needed = ("settings", "classes", "photos", "history", "optimizer", "scheduler", "scaler")
     if not all(name in checkpoint for name in needed):
         raise InputError(f"{last} is no checkpoint to resume: it needs {', '.join(needed)}")
-    resumed_args = parse_args(argv, checkpoint["settings"])
+    args = parse_args(argv, checkpoint["settings"])
     for name in SETTINGS:
-        now = getattr(resumed_args, name)
+        now = getattr(args, name)
         before = checkpoint["settings"].get(name)
         if now != before and not (name == "epochs" and now > before):
             flag = f"--{name.replace('_', '-')} {now}"
             raise InputError(f"{flag} differs from the {before} of the run to resume in {folder}")
-    return resumed_args, checkpoint, lock
+    return args, checkpoint, lock
 
 
 # ---------------------------------------------------------------- process
 
+# What torch says where a user can do something about it, as a regular expression; and the advice.
+ADVICE = {
+    "OutOfMemoryError": "the GPU's memory is full: choose a smaller --batch-size or --resolution",
+    "no kernel image": "this build of torch was not made for this GPU: install one that was",
+    "torch._(dynamo|inductor)": "torch.compile failed: try again with --no-compile",
+    "/torch_|shared memory": "the shared memory in /dev/shm (df -h shows its size) is too small: "
+    "give the container more with --shm-size or --ipc=host, or use --workers 0",
+    "DataLoader worker": "a worker has ended: where memory was short, use fewer --workers",
+    "torch.distributed|by peer": "another process of this run has ended: its message tells why",
+}
+
 
 def explain(error: Exception) -> str:
     """One line for an error of torch or of the system that a user can do something about, or ""."""
-    text = str(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        return "the GPU's memory is full: choose a smaller --batch-size or --resolution"
-    if isinstance(error, torch._dynamo.exc.TorchDynamoException):
-        return f"torch.compile failed ({reason(error)}): try again with --no-compile"
-    if "no kernel image" in text:
-        return "this build of torch was not made for this GPU: install one that was"
-    if Path("/dev/shm").is_dir() and ("/torch_" in text or "shared memory" in text):
-        size = shutil.disk_usage("/dev/shm").total / 1e6
-        cure = "give the container more with --shm-size or --ipc=host, or use --workers 0"
-        return f"the shared memory in /dev/shm ({size:.0f} MB) is too small: {cure}"
-    if "DataLoader worker" in text:
-        return f"{reason(error)} Where memory was short, use fewer --workers"
-    if PROCESSES > 1 and ("peer" in text or isinstance(error, dist.DistError)):
-        return "another process of this run has ended: its own message tells why"
+    described = f"{type(error)} {error}"
+    for pattern, advice in ADVICE.items():
+        if re.search(pattern, described):
+            return advice
     if isinstance(error, OSError):
         return reason(error)
     return ""
@@ -706,28 +680,6 @@ def run_command(main: Callable[[], None]) -> int:
     return 1
 
 
-def end_on_signals(output_dir: Path):
-    """Make Ctrl-C and SIGTERM end the process at once, with a line that says how to go on.
-
-    A kill loses nothing, so that nothing has to be tidied up. An exception instead can be lost in
-    a destructor, and draws tracebacks from threads and workers.
-    """
-
-    def end(signal_number, frame):
-        if multiprocessing.parent_process() is None:  # This is no worker that has yet to start.
-            how = "nothing is saved yet"
-            if (output_dir / "last_checkpoint.pth").exists():
-                folder = shlex.quote(str(output_dir))
-                how = f"go on with: python train.py --resume --output-dir {folder}"
-            os.write(2, f"train.py: stopped; {how}\n".encode())
-        os._exit(128 + signal_number)
-
-    # Under torchrun the default stays: no handler runs while a process waits for the others.
-    if PROCESSES == 1:
-        signal.signal(signal.SIGINT, end)
-        signal.signal(signal.SIGTERM, end)
-
-
 def start_process() -> torch.device:
     """Join the processes that torchrun started, if it did; returns the device of this one."""
     if RANK > 0 and PROCESSES == 1:
@@ -736,72 +688,30 @@ def start_process() -> torch.device:
     torch.backends.cudnn.benchmark = True
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        if LOCAL_PROCESSES > torch.cuda.device_count():
-            count = torch.cuda.device_count()
-            raise InputError(f"this machine has {count} GPUs: start that many processes, at most")
+        gpus = torch.cuda.device_count()
+        if LOCAL_PROCESSES > gpus:
+            raise InputError(f"this machine has {gpus} GPUs: start that many processes, at most")
         device = torch.device("cuda", LOCAL_RANK)
         torch.cuda.set_device(device)
-    if PROCESSES == 1:
-        return device
-
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        timeout=datetime.timedelta(hours=2),  # The others wait while one downloads.
-        device_id=device if device.type == "cuda" else None,
-    )
+    if PROCESSES > 1:
+        backend = dist.get_default_backend_for_device(device)
+        # The others may wait for one that downloads.
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     return device
-
-
-@contextlib.contextmanager
-def one_process_first():
-    """On each machine, let one process do what others then find done: downloads, caches."""
-    if PROCESSES > 1 and LOCAL_RANK > 0:
-        dist.barrier()
-    yield
-    if PROCESSES > 1 and LOCAL_RANK == 0:
-        dist.barrier()
-
-
-def check_processes_agree(settings: dict, checkpoint: dict | None):
-    """Raise InputError where torchrun's processes differ in their flags, or in what they resume."""
-    if PROCESSES == 1:
-        return
-    epochs_done = len(checkpoint["history"]) if checkpoint else 0
-    starts = [None] * PROCESSES
-    dist.all_gather_object(starts, (settings, epochs_done))
-    if any(start != starts[0] for start in starts):
-        advice = "give each the same flags, and an --output-dir that all share"
-        raise InputError(f"the processes differ in settings, or in the run to resume: {advice}")
 
 
 def plan_batches(args: argparse.Namespace, photos: int) -> list[int]:
     """The sizes of an epoch's batches. Raises InputError where the processes cannot share them."""
     sizes = [min(args.batch_size, photos - start) for start in range(0, photos, args.batch_size)]
-    flag = f"--batch-size {args.batch_size}"
-    if args.batch_size > photos or args.batch_size % PROCESSES:
-        limit = f"at most the {photos} train photos, and a multiple of the {PROCESSES} processes"
-        raise InputError(f"{flag} does not fit: it has to be {limit}")
     # Batch norm needs two values: at 32 px the last feature map of a photo has just one.
-    fewest = 2 * PROCESSES if args.resolution == 32 else PROCESSES
-    if sizes[-1] < fewest:
-        rest = f"a last batch of {sizes[-1]}, too small for {PROCESSES} process(es)"
-        raise InputError(f"{flag} leaves {rest} at --resolution {args.resolution}: choose another")
+    smallest = 2 * PROCESSES if args.resolution == 32 else PROCESSES
+    if args.batch_size > photos or args.batch_size % PROCESSES or sizes[-1] < smallest:
+        raise InputError(
+            f"--batch-size {args.batch_size} leaves a last batch of {sizes[-1]}: it has to be at "
+            f"most the {photos} train photos, a multiple of the {PROCESSES} processes, and leave "
+            f"at least {smallest} at --resolution {args.resolution}"
+        )
     return sizes
-
-
-def load_test_batches(photos: datasets.Dataset, args: argparse.Namespace, pin: bool) -> Iterable:
-    """This process's test crops, to go over in each epoch: a list, or a loader if they are large.
-
-    Test crops never change, so that they are decoded once where memory is not short.
-    """
-    batches = split_into_batches(range(len(photos)), args.batch_size, 0, RANK, PROCESSES)
-    own_batches = [batch for batch in batches if batch]
-    crops = CarPhotos(photos, center_crop, args.resolution)
-    if len(photos) * 3 * args.resolution**2 > KEPT_CROPS_LIMIT:
-        return make_loader(crops, own_batches, args.workers, pin)
-    loader = make_loader(crops, own_batches, args.workers, pin=False)
-    # Copied, because what a worker hands over takes shared memory, and containers have little.
-    return [(images.clone(), targets.clone()) for images, targets in loader]
 
 
 def resume_run(checkpoint: dict, run: dict, stateful: dict, output_dir: Path) -> list[dict]:
@@ -810,42 +720,33 @@ def resume_run(checkpoint: dict, run: dict, stateful: dict, output_dir: Path) ->
         if checkpoint[name] != run[name]:
             dataset = run["settings"]["dataset"]
             raise InputError(f"--dataset {dataset} has changed since the run began: other {name}")
+    # The run may come from another device, where the optimizer's step was another function.
     fused = stateful["optimizer"].param_groups[0]["fused"]
+    checkpoint["optimizer"]["param_groups"][0]["fused"] = fused
     for name, part in stateful.items():
         if checkpoint[name]:  # The scaler of a run without float16 has no state.
             part.load_state_dict(checkpoint[name])
-    # The run may come from another device, where the optimizer's step was another function.
-    stateful["optimizer"].param_groups[0]["fused"] = fused
+    history = checkpoint["history"]
     if RANK == 0:
-        save_run(checkpoint, output_dir)  # A kill may have come between the files of an epoch.
+        # A kill may have come between the files of an epoch.
+        save_run(run, stateful, history, output_dir)
         try:
             read_checkpoint(output_dir / "best_model.pth")
         except InputError as error:
-            best = best_epoch(checkpoint["history"])["epoch"]
+            best = best_epoch(history)["epoch"]
             print(f"{error}; an epoch better than {best} will write it again")
-    return checkpoint["history"]
+    return history
 
 
 def print_plan(args, run: dict, device: torch.device, precision: torch.dtype, epochs_done: int):
-    name = f"CPU, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name()
-    compiled = ", torch.compile" if args.compile else ""
-    resumed = f", resumed after epoch {epochs_done}" if epochs_done else ""
-    photos = run["photos"]
-    print(
-        f"device  {PROCESSES} × {name}; {precision}, channels_last{compiled}; "
-        f"{args.workers} workers\n"
-        f"data    {args.dataset}: {photos['train']} train and {photos['test']} test photos, "
-        f"{len(run['classes'])} classes\n"
-        f"model   ResNet-50, nothing frozen, weights {args.weights}\n"
-        f"recipe  {args.resolution} px, batch {args.batch_size}, {args.epochs} epochs, "
-        f"seed {args.seed}\n"
-        f"        SGD, lr {args.lr:g}, divided by 10 every {args.step_size} epochs, "
-        f"momentum {args.momentum:g}, weight decay {args.weight_decay:g}\n"
-        f"output  {args.output_dir}{resumed}",
-        flush=True,
-    )
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    photos = f"{run['photos']['train']} train and {run['photos']['test']} test photos"
+    print(f"device    {PROCESSES} × {name}, {precision}, channels_last")
+    print(f"data      {photos}, {len(run['classes'])} classes")
+    print("settings ", *[f"{name}={value}" for name, value in vars(args).items()])
+    if epochs_done:
+        print(f"resumed after epoch {epochs_done}")
+    print("Ctrl-C is safe: --resume goes on after the last finished epoch", flush=True)
 
 
 def print_epoch(row: dict, epochs: int, is_first: bool):
@@ -871,27 +772,30 @@ def print_summary(history: list[dict]):
 
 
 def main(argv: list[str] | None = None):
-    args, checkpoint, lock = open_run(argv)
-    end_on_signals(args.output_dir)
     device = start_process()
     cuda = device.type == "cuda"
-    settings = {name: getattr(args, name) for name in ("dataset", *SETTINGS)}
-    check_processes_agree(settings, checkpoint)
+    args = checkpoint = None
+    if RANK == 0:
+        args, checkpoint, lock = open_run(argv)
+    if PROCESSES > 1:
+        # All take the flags and the run of the first process, so that they cannot differ.
+        opened = [args, checkpoint]
+        dist.broadcast_object_list(opened)
+        args, checkpoint = opened
 
-    with one_process_first():
-        cars = load_cars(args.dataset)
-        classes = cars["train"].features["label"].names
-        torch.manual_seed(args.seed)
-        model = build_model("none" if checkpoint else args.weights, len(classes))
+    cars = load_cars(args.dataset)
+    classes = cars["train"].features["label"].names
     photos = {split: len(cars[split]) for split in cars}
     batch_sizes = plan_batches(args, photos["train"])
     run = {
-        "settings": settings,
+        "settings": {name: getattr(args, name) for name in ("dataset", *SETTINGS)},
         "resolution": args.resolution,
         "classes": classes,
         "photos": photos,
     }
 
+    torch.manual_seed(args.seed)
+    model = build_model("none" if checkpoint else args.weights, len(classes))
     model.to(device, memory_format=torch.channels_last)
     network = DistributedDataParallel(model) if PROCESSES > 1 else model
     train_forward = network
@@ -942,17 +846,11 @@ def main(argv: list[str] | None = None):
         history.append({"epoch": epoch, "lr": lr, **trained, **tested, "seconds": seconds})
         scheduler.step()
         if RANK == 0:
-            states = {name: part.state_dict() for name, part in stateful.items()}
-            # On the CPU and contiguous, whatever the device and the memory format here.
-            for name, value in states["model"].items():
-                states["model"][name] = value.cpu().contiguous()
-            save_run({**run, **states, "epoch": epoch, "history": history}, args.output_dir)
+            save_run(run, stateful, history, args.output_dir)
             print_epoch(history[-1], args.epochs, is_first=epoch == epochs[0])
 
     if PROCESSES > 1:
-        dist.barrier()  # The first process may still be writing the last epoch.
         dist.destroy_process_group()
-    lock.release()
     if RANK == 0:
         print_summary(history)
 

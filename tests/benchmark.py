@@ -210,7 +210,9 @@ def input_rows(table: Table, cars: dict[str, datasets.Dataset], resolutions: lis
     def ours(split: str, crop: Callable, resolution: int) -> float:
         cars = train.CarPhotos(photos[split], crop, resolution)
         return input_rate(
-            train.make_loader(cars, train.split_into_batches(range(count), batch_size), 1, False)
+            train.make_loader(
+                cars, list(train.split_into_batches(range(count), batch_size)), 1, False
+            )
         )
 
     def reference(split: str, steps: list) -> float:

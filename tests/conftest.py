@@ -65,12 +65,6 @@ def real_network(monkeypatch):
         monkeypatch.setattr(script, "resnet50", torchvision.models.resnet.resnet50)
 
 
-@pytest.fixture(autouse=True)
-def signals_as_they_were(monkeypatch):
-    """Leave Ctrl-C to pytest, where train.py runs in its process."""
-    monkeypatch.setattr(train, "end_on_signals", lambda output_dir: None)
-
-
 @pytest.fixture
 def run_train(capfd, cars):
     """Run train.py in this process, with small settings; returns exit status, standard output and standard error."""

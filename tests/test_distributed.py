@@ -34,8 +34,8 @@ def remember(*args):
     model = build(*args)
     return model
 train.CarPhotos.__getitem__, train.build_model = spy, remember
-if {other_lr!r} and rank == "1":
-    sys.argv += ["--lr", "0.5"]
+if {other_flags!r} and rank == "1":
+    sys.argv += ["--lr", "0.5", "--output-dir", {folder!r} + "/elsewhere"]
 status = train.run_command(train.main)
 torch.save(model.state_dict(), {folder!r} + f"/rank{{rank}}.pth")
 json.dump(loaded, open({folder!r} + f"/rank{{rank}}.json", "w"))
@@ -48,14 +48,19 @@ def torchrun(cars, tmp_path):
     """Run SPY on `processes` processes; returns what subprocess.run returns."""
 
     def run(
-        processes: int, *flags: object, dies=False, still=False, other_lr=False, restarts: int = 0
+        processes: int,
+        *flags: object,
+        dies=False,
+        still=False,
+        other_flags=False,
+        restarts: int = 0,
     ) -> subprocess.CompletedProcess:
         names = dict(
             root=str(ROOT),
             folder=str(tmp_path),
             dies=dies,
             still=still,
-            other_lr=other_lr,
+            other_flags=other_flags,
             marker=str(tmp_path / "died"),
         )
         (tmp_path / "spy.py").write_text(SPY.format(**names))
@@ -165,10 +170,17 @@ def test_batches_that_two_processes_cannot_share_are_refused(monkeypatch, batch_
 
 
 @pytest.mark.slow
-def test_processes_that_were_started_with_other_flags_are_refused(torchrun, tmp_path):
-    done = torchrun(2, "--epochs", 1, "--output-dir", tmp_path / "run", other_lr=True)
-    assert done.returncode != 0 and "the processes differ in settings" in done.stderr
-    assert not list((tmp_path / "run").glob("[!.]*"))
+def test_all_processes_take_the_flags_and_the_run_of_the_first(torchrun, tmp_path):
+    flags = ["--batch-size", 8, "--output-dir", tmp_path / "run", "--resume"]
+    for epochs in (1, 2):
+        done = torchrun(2, "--epochs", epochs, *flags, other_flags=True)
+        assert done.returncode == 0, done.stderr
+    assert "resumed after epoch 1" in done.stdout and not (tmp_path / "elsewhere").exists()
+    last = torch.load(tmp_path / "run/last_checkpoint.pth", weights_only=True)
+    assert last["settings"]["lr"] == 0.01 and len(last["history"]) == 2
+    for rank in range(2):
+        state = weights(tmp_path / f"rank{rank}.pth")
+        assert all(torch.equal(value, state[name]) for name, value in last["model"].items())
 
 
 @pytest.mark.slow
@@ -186,11 +198,13 @@ def test_a_process_that_dies_takes_the_others_down_and_a_restart_goes_on(torchru
     assert [row["epoch"] for row in checkpoint["history"]] == [1, 2, 3, 4]
 
 
-def test_shares_are_disjoint_and_complete():
+def test_shares_are_disjoint_and_complete(monkeypatch):
     for ranks in (1, 2, 3, 4):
-        parts = [
-            train.split_into_batches(range(8041), 128, 1, rank, ranks) for rank in range(ranks)
-        ]
+        monkeypatch.setattr(train, "PROCESSES", ranks)
+        parts = []
+        for rank in range(ranks):
+            monkeypatch.setattr(train, "RANK", rank)
+            parts.append(list(train.split_into_batches(range(8041), 128, 1)))
         rows = [row for part in parts for batch in part for _, row in batch]
         assert sorted(rows) == list(range(8041))
         assert all(

@@ -169,7 +169,9 @@ def test_resuming_says_that_the_best_model_is_lost(cars, tmp_path, run_train, da
     else:
         best.write_bytes(best.read_bytes()[:1000])
     status, out, err = run_train("--output-dir", tmp_path, "--epochs", 2, "--resume")
-    assert status == 0 and f"{best} is damaged" in out and "an epoch better than 1" in out, err
+    assert (
+        status == 0 and f"{best} is missing, damaged" in out and "an epoch better than 1" in out
+    ), err
 
 
 def test_resume_takes_the_same_data_from_another_place(cars, tmp_path, run_train, monkeypatch):
@@ -201,22 +203,20 @@ def test_resume_names_the_checkpoint_that_it_cannot_read(cars, tmp_path, run_tra
 # ---------------------------------------------------------------- signals
 
 
-def test_sigterm_during_the_very_first_save_says_that_nothing_is_saved(cars, tmp_path):
+def test_a_run_that_was_stopped_in_its_very_first_save_goes_on(cars, tmp_path, run_train):
     folder = tmp_path / "a folder"
     process = start_run(cars, folder, "--epochs", "1")
     while process.poll() is None and not glob.glob(str(folder / ".partial-last*")):
         time.sleep(0.0005)
     process.terminate()
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 143 and err.count("\n") == 1, err
-    if "nothing is saved yet" not in err:  # the save ended first
-        assert (
-            f"--resume --output-dir '{folder}'" in err and (folder / "last_checkpoint.pth").exists()
-        )
+    assert process.returncode == -signal.SIGTERM and err == ""
+    status, _, err = run_train("--output-dir", folder, "--epochs", 1, "--resume")
+    assert status == 0 and load(folder / "last_checkpoint.pth")["epoch"] == 1, err
 
 
 @pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]])
-def test_signals_to_the_whole_group_leave_the_message_alone(cars, tmp_path, signals):
+def test_signals_to_the_whole_group_draw_no_tracebacks(cars, tmp_path, signals):
     process = start_run(
         cars, tmp_path, "--epochs", "500", "--workers", "2", start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -226,9 +226,7 @@ def test_signals_to_the_whole_group_leave_the_message_alone(cars, tmp_path, sign
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signals[0] and err.count("\n") == 1 and "--resume" in err, (
-        err
-    )
+    assert process.returncode in (-signals[0], 128 + signals[0]) and err == ""
 
 
 @pytest.mark.parametrize("delay", [0.5, 3])
@@ -241,7 +239,7 @@ def test_ctrl_c_in_the_first_seconds_is_quiet(cars, tmp_path, delay):
     time.sleep(delay)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode in (130, -signal.SIGINT) and "Traceback" not in err, err
+    assert process.returncode in (130, -signal.SIGINT) and err == ""
 
 
 def test_ctrl_c_stops_eval_as_its_workers_start(trained, tmp_path):
@@ -261,7 +259,7 @@ def test_ctrl_c_stops_eval_as_its_workers_start(trained, tmp_path):
     wait_for(process, "test        ")
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGINT and not (tmp_path / "metrics.json").exists(), err
+    assert process.returncode == 130 and not (tmp_path / "metrics.json").exists(), err
 
 
 # ---------------------------------------------------------------- consoles, notebooks, containers
@@ -405,7 +403,7 @@ def test_fields_that_make_no_sense_are_refused(good, tmp_path, name):
 
 def test_too_few_class_names_are_refused(good, tmp_path):
     torch.save({**good, "classes": ["a"]}, tmp_path / "bad.pth")
-    with pytest.raises(train.InputError, match="bad.pth names other than the 8 classes"):
+    with pytest.raises(train.InputError, match="bad.pth.*names other than the 8 classes"):
         train.read_checkpoint(tmp_path / "bad.pth")
 
 

@@ -66,7 +66,7 @@ def test_lr_scales_with_the_batch_where_it_is_left_out(cars, tmp_path, capfd, ba
         train.run_command(lambda: train.main([*flags.split(), "--output-dir", str(tmp_path)])) == 0
     )
     assert history(tmp_path)[0]["lr"] == lr
-    assert f"lr {lr:g}, divided" in capfd.readouterr().out
+    assert f" lr={lr} " in capfd.readouterr().out
 
 
 def test_one_learning_rate_for_all_parameters_and_nothing_frozen(run_train, tmp_path):
@@ -369,7 +369,7 @@ def test_a_compiled_run_saves_a_plain_state_dict(run_train, tmp_path, monkeypatc
         "--output-dir", tmp_path, "--epochs", 1, "--compile", "--batch-size", 6
     )
     assert status == 0, err
-    assert "torch.compile" in out
+    assert "compile=True" in out
     train.resnet50(num_classes=8).load_state_dict(
         load(tmp_path / "best_model.pth")["model"], strict=True
     )
@@ -406,7 +406,8 @@ def test_resume_takes_the_settings_of_the_run(finished, tmp_path, capfd):
     folder = shutil.copytree(finished, tmp_path / "run")
     flags = ["--resume", "--epochs", "3", "--workers", "0", "--output-dir", str(folder)]
     assert train.run_command(lambda: train.main(flags)) == 0
-    assert "33 px, batch 8, 3 epochs" in capfd.readouterr().out and len(history(folder)) == 3
+    assert "resolution=33 batch_size=8 epochs=3" in capfd.readouterr().out
+    assert len(history(folder)) == 3
 
 
 @pytest.mark.parametrize(
@@ -454,7 +455,7 @@ def test_resume_mends_what_a_kill_left_behind(run_train, finished, tmp_path):
     assert load(folder / "best_model.pth")["epoch"] == 2 and len(history(folder)) == 2
 
 
-def test_ctrl_c_says_how_to_go_on(cars, tmp_path):
+def test_ctrl_c_ends_at_once_and_how_to_go_on_was_said(cars, tmp_path):
     command = [
         sys.executable,
         str(ROOT / "tests/small.py"),
@@ -472,12 +473,14 @@ def test_ctrl_c_says_how_to_go_on(cars, tmp_path):
             signal.SIGINT, signal.SIG_DFL
         ),  # ignored, where the tests run behind a "&"
     )
-    while not process.stdout.readline().startswith("epoch 2/500"):
+    lines = [process.stdout.readline()]
+    while not lines[-1].startswith("epoch 2/500"):
         assert process.poll() is None
+        lines.append(process.stdout.readline())
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err.count("\n") == 1, err
-    assert f"python train.py --resume --output-dir {tmp_path}" in err
+    assert process.returncode == 130 and err == ""
+    assert "Ctrl-C is safe: --resume goes on after the last finished epoch\n" in lines
     assert load(tmp_path / "last_checkpoint.pth")["epoch"] >= 2
 
 
