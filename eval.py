@@ -10,6 +10,7 @@ On the reference's 448 px model: 91.78 %, with TTA 91.93 %; on its 224 px model:
 import argparse
 import functools
 import json
+import math
 import os
 import platform
 import signal
@@ -75,7 +76,7 @@ def predict(model, views: torch.Tensor, autocast) -> tuple[torch.Tensor, torch.T
     device = next(model.parameters()).device
     crops = list(views.to(device, non_blocking=True).unbind(1))
     if len(crops) > 1:
-        crops.extend([crop.flip(-2) for crop in crops])
+        crops.extend([crop.flip(-2) for crop in crops])  # Mirrored left to right.
     with autocast:
         logits = torch.stack([model(normalize(crop, device)).float() for crop in crops])
     return logits[0].cpu(), logits.mean(0).cpu()
@@ -192,7 +193,7 @@ def report(single, mean, labels, classes: list[str], tta: bool) -> dict:
     print(f"top-5 accuracy  {with_interval(metrics['top5'])}")
     print_classes("accuracy per class", class_rows)
     print_classes("ten worst classes", worst[:10])
-    print_classes("ten best classes", worst[:-11:-1])
+    print_classes("ten best classes", worst[::-1][:10])
     if tta:
         tta_confusion = count_confusion(mean, labels)
         tta_rows = class_accuracies(tta_confusion, classes)
@@ -254,7 +255,7 @@ def plot_confusion(confusion: np.ndarray, classes: list[str]) -> Figure:
 def plot_grad_cam(crops: torch.Tensor, maps: np.ndarray, titles: list, colors: list) -> Figure:
     """A cell for each of (N, R, R, 3) uint8 crops: a title, the crop, and its (R, R) map on it."""
     columns = min(3, len(crops))
-    rows = -(-len(crops) // 3)
+    rows = math.ceil(len(crops) / 3)
     height = 2.75 * rows  # inches, of which each row's title takes 0.6
     figure = Figure(figsize=(4.4 * columns, height))
     top = 1 - 0.6 / height

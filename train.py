@@ -63,8 +63,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 DEFAULT_DATASET = "tanganke/stanford_cars"
 DATASET_REVISION = "9abf6cf7d6dfa7b95152a0d6e791ea9435b47a40"
 PRETRAINED = ResNet50_Weights.__members__
-# Bytes of test crops that are kept in memory: at 224 px the whole test split takes 1.2 GB.
-KEPT_CROPS_LIMIT = 2e9
+# Bytes of test crops that stay in memory: at 224 px the whole test split takes 1.2 GB.
+CACHED_CROPS_LIMIT = 2e9
 
 # torchrun sets these variables for each process that it starts.
 RANK = int(os.environ.get("RANK", 0))
@@ -100,6 +100,7 @@ def reported_as(message: str):
     except InputError:
         raise
     except Exception as error:
+        # datasets raises an error that says little, and gives the reason as its cause.
         raise InputError(f"{message}: {reason(error.__cause__ or error)}") from error
 
 
@@ -138,8 +139,8 @@ def load_split(dataset: str, split: str) -> datasets.Dataset:
         columns = {name: type(feature).__name__ for name, feature in photos.features.items()}
         labelled = columns.get("image") == "Image" and columns.get("label") == "ClassLabel"
         if not labelled or not len(photos):
-            needed = "photos with the columns 'image' (Image) and 'label' (ClassLabel)"
-            raise ValueError(f"it needs {needed}, and has {len(photos)} with {columns}")
+            required = "photos with the columns 'image' (Image) and 'label' (ClassLabel)"
+            raise ValueError(f"it needs {required}, and has {len(photos)} with {columns}")
         classes = range(photos.features["label"].num_classes)
         for row, label in enumerate(photos["label"]):
             if label not in classes:
@@ -253,10 +254,10 @@ def shuffled_batches(count: int, batch_size: int, epochs: Iterable[int], seed: i
 
 
 def start_worker(worker: int):
-    """Leave Ctrl-C to the main process, and end without a word when that has ended."""
+    """Leave Ctrl-C to the main process, and end without a word."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda signal_number, frame: os._exit(0))
-    # The main process reports a worker's errors. Threads would add that it no longer answers.
+    # The thread that hands batches over would print a traceback once the main process has ended.
     sys.excepthook = lambda *error: None
 
 
@@ -279,7 +280,7 @@ def load_test_batches(photos: datasets.Dataset, args: argparse.Namespace, pin: b
     """
     batches = list(split_into_batches(range(len(photos)), args.batch_size))
     crops = CarPhotos(photos, center_crop, args.resolution)
-    if len(photos) * 3 * args.resolution**2 > KEPT_CROPS_LIMIT:
+    if len(photos) * 3 * args.resolution**2 > CACHED_CROPS_LIMIT:
         return make_loader(crops, batches, args.workers, pin)
     loader = make_loader(crops, batches, args.workers, pin=False)
     # Copied, because what a worker hands over takes shared memory, and containers have little.
@@ -336,9 +337,9 @@ def read_checkpoint(path: Path) -> dict:
         checkpoint["model"] = model.state_dict()
         if not all(value.isfinite().all() for value in checkpoint["model"].values()):
             raise ValueError("it holds weights that are not finite")
-        for name, kind in fields.items():
-            if not isinstance(checkpoint.get(name, kind()), kind):
-                raise ValueError(f"its {name} is no {kind.__name__}")
+        for name, field_type in fields.items():
+            if not isinstance(checkpoint.get(name, field_type()), field_type):
+                raise ValueError(f"its {name} is no {field_type.__name__}")
         if len(checkpoint.get("classes", range(num_classes))) != num_classes:
             raise ValueError(f"it names other than the {num_classes} classes of its fc")
         if not 32 <= checkpoint.get("resolution", 224) <= 4096:
@@ -485,7 +486,7 @@ def best_epoch(history: list[dict]) -> dict:
 
 def save_run(run: dict, stateful: dict, history: list[dict], output_dir: Path):
     """Write last_checkpoint.pth, which holds the whole run, and then what follows from it."""
-    states = {name: part.state_dict() for name, part in stateful.items()}
+    states = {name: component.state_dict() for name, component in stateful.items()}
     # On the CPU and contiguous, whatever the device and the memory format here.
     for name, value in states["model"].items():
         states["model"][name] = value.cpu().contiguous()
@@ -535,14 +536,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
-def number(kind: type, low: float, high: float) -> Callable[[str], float]:
-    """A type for argparse: a number of `kind` from `low` to `high`."""
+def number(number_type: type, low: float, high: float) -> Callable[[str], float]:
+    """A type for argparse: an int or a float, as `number_type` says, from `low` to `high`."""
 
     def parse(text: str) -> float:
         with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high:
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"{text} is no {kind.__name__} from {low:g} to {high:g}")
+            if low <= number_type(text) <= high:
+                return number_type(text)
+        expected = f"{number_type.__name__} from {low:g} to {high:g}"
+        raise argparse.ArgumentTypeError(f"{text} is no {expected}")
 
     return parse
 
@@ -610,18 +612,19 @@ def open_run(argv: list[str] | None) -> tuple:
 
     last = folder / "last_checkpoint.pth"
     names = (last.name, "best_model.pth", "history.csv")
-    present = [name for name in names if (folder / name).exists()]
-    if args.overwrite or not present:
+    existing = [name for name in names if (folder / name).exists()]
+    if args.overwrite or not existing:
         return args, None, lock
     if not args.resume:
         raise InputError(
-            f"{folder} holds a run already ({', '.join(present)}): go on with it with --resume, "
+            f"{folder} holds a run already ({', '.join(existing)}): go on with it with --resume, "
             "replace it with --overwrite, or choose another --output-dir"
         )
     checkpoint = read_checkpoint(last)
-    needed = ("settings", "classes", "photos", "history", "optimizer", "scheduler", "scaler")
-    if not all(name in checkpoint for name in needed):
-        raise InputError(f"{last} is no checkpoint to resume: it needs {', '.join(needed)}")
+    required = ("settings", "classes", "photos", "history", "optimizer", "scheduler", "scaler")
+    if not all(name in checkpoint for name in required):
+        raise InputError(f"{last} is no checkpoint to resume: it needs {', '.join(required)}")
+    # Parsed again, so that flags that were left out are those of the run.
     args = parse_args(argv, checkpoint["settings"])
     for name in SETTINGS:
         now = getattr(args, name)
@@ -702,20 +705,22 @@ def start_process() -> torch.device:
 
 def plan_batches(args: argparse.Namespace, photos: int) -> list[int]:
     """The sizes of an epoch's batches. Raises InputError where the processes cannot share them."""
-    sizes = [min(args.batch_size, photos - start) for start in range(0, photos, args.batch_size)]
+    starts = range(0, photos, args.batch_size)
+    batch_sizes = [min(args.batch_size, photos - start) for start in starts]
+    last_batch = batch_sizes[-1]
     # Batch norm needs two values: at 32 px the last feature map of a photo has just one.
     smallest = 2 * PROCESSES if args.resolution == 32 else PROCESSES
-    if args.batch_size > photos or args.batch_size % PROCESSES or sizes[-1] < smallest:
+    if args.batch_size > photos or args.batch_size % PROCESSES or last_batch < smallest:
         raise InputError(
-            f"--batch-size {args.batch_size} leaves a last batch of {sizes[-1]}: it has to be at "
+            f"--batch-size {args.batch_size} leaves a last batch of {last_batch}: it has to be at "
             f"most the {photos} train photos, a multiple of the {PROCESSES} processes, and leave "
             f"at least {smallest} at --resolution {args.resolution}"
         )
-    return sizes
+    return batch_sizes
 
 
 def resume_run(checkpoint: dict, run: dict, stateful: dict, output_dir: Path) -> list[dict]:
-    """Put the parts of `stateful` into the states of `checkpoint`; returns its history."""
+    """Load the states of `checkpoint` into the components of `stateful`; returns its history."""
     for name in ("classes", "photos"):
         if checkpoint[name] != run[name]:
             dataset = run["settings"]["dataset"]
@@ -723,9 +728,9 @@ def resume_run(checkpoint: dict, run: dict, stateful: dict, output_dir: Path) ->
     # The run may come from another device, where the optimizer's step was another function.
     fused = stateful["optimizer"].param_groups[0]["fused"]
     checkpoint["optimizer"]["param_groups"][0]["fused"] = fused
-    for name, part in stateful.items():
+    for name, component in stateful.items():
         if checkpoint[name]:  # The scaler of a run without float16 has no state.
-            part.load_state_dict(checkpoint[name])
+            component.load_state_dict(checkpoint[name])
     history = checkpoint["history"]
     if RANK == 0:
         # A kill may have come between the files of an epoch.
@@ -751,7 +756,7 @@ def print_plan(args, run: dict, device: torch.device, precision: torch.dtype, ep
 
 def print_epoch(row: dict, epochs: int, is_first: bool):
     minutes_left = (epochs - row["epoch"]) * row["seconds"] / 60
-    left = "" if is_first else f"  {minutes_left:.1f} min left"  # The first one took longer.
+    left = "" if is_first else f"  {minutes_left:.1f} min left"  # It compiled too.
     print(
         f"epoch {row['epoch']}/{epochs}  lr {row['lr']:.3g}  "
         f"train loss {row['train_loss']:.4f} acc {row['train_accuracy']:.2%}  "
@@ -787,6 +792,7 @@ def main(argv: list[str] | None = None):
     classes = cars["train"].features["label"].names
     photos = {split: len(cars[split]) for split in cars}
     batch_sizes = plan_batches(args, photos["train"])
+    # What each checkpoint says, beside its states and its history.
     run = {
         "settings": {name: getattr(args, name) for name in ("dataset", *SETTINGS)},
         "resolution": args.resolution,
@@ -818,8 +824,8 @@ def main(argv: list[str] | None = None):
     epochs = range(len(history) + 1, args.epochs + 1)
     test_batches = load_test_batches(cars["test"], args, pin=cuda)
     train_photos = CarPhotos(cars["train"], random_crop, args.resolution, args.seed)
-    keys = shuffled_batches(photos["train"], args.batch_size, epochs, args.seed)
-    train_batches = iter(make_loader(train_photos, keys, args.workers, pin=cuda))
+    batch_sampler = shuffled_batches(photos["train"], args.batch_size, epochs, args.seed)
+    train_batches = iter(make_loader(train_photos, batch_sampler, args.workers, pin=cuda))
     if RANK == 0:
         print_plan(args, run, device, precision, len(history))
 

@@ -248,7 +248,7 @@ def test_test_photos_are_decoded_once_while_memory_allows(run_train, tmp_path, m
     decode, tested = train.decode_photo, []
     for limit, decoded_in_two_epochs in ((2e9, 2 * 16 + 8), (0, 2 * 16 + 2 * 8)):
         decoded = []
-        monkeypatch.setattr(train, "KEPT_CROPS_LIMIT", limit)
+        monkeypatch.setattr(train, "CACHED_CROPS_LIMIT", limit)
         monkeypatch.setattr(
             train, "decode_photo", lambda data, decoded=decoded: decoded.append(1) or decode(data)
         )
