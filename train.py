@@ -712,9 +712,9 @@ def plan_batches(args: argparse.Namespace, photos: int) -> list[int]:
     smallest = 2 * PROCESSES if args.resolution == 32 else PROCESSES
     if args.batch_size > photos or args.batch_size % PROCESSES or last_batch < smallest:
         raise InputError(
-            f"--batch-size {args.batch_size} leaves a last batch of {last_batch}: it has to be at "
-            f"most the {photos} train photos, a multiple of the {PROCESSES} processes, and leave "
-            f"at least {smallest} at --resolution {args.resolution}"
+            f"--batch-size {args.batch_size} does not fit: it has to be at most the {photos} train "
+            f"photos, a multiple of the {PROCESSES} processes, and leave a last batch of at least "
+            f"{smallest} (now {last_batch}) at --resolution {args.resolution}"
         )
     return batch_sizes
 

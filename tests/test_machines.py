@@ -359,7 +359,7 @@ def test_a_proxy_that_never_answers_is_not_waited_for_for_ever(cars, tmp_path, r
     with socket.create_server(("127.0.0.1", 0)) as server:
         threading.Thread(target=lambda: [server.accept() for _ in range(9)], daemon=True).start()
         proxy = f"http://127.0.0.1:{server.getsockname()[1]}"
-        flags = ["--dataset", cars, "--workers", 0, "--output-dir", tmp_path]
+        flags = ["--dataset", cars, "--batch-size", 8, "--workers", 0, "--output-dir", tmp_path]
         environment = {"https_proxy": proxy, "TORCH_HOME": str(tmp_path)}
         done = run_script("train.py", *flags, **environment)
     assert done.returncode == 1 and "timed out" in done.stderr, done.stderr
