@@ -637,14 +637,16 @@ def open_run(argv: list[str] | None) -> tuple:
 
 # ---------------------------------------------------------------- process
 
-# What torch says where a user can do something about it, as a regular expression; and the advice.
+# Regular expressions for the errors that a user can do something about, with the advice for each.
 ADVICE = {
     "OutOfMemoryError": "the GPU's memory is full: choose a smaller --batch-size or --resolution",
     "no kernel image": "this build of torch was not made for this GPU: install one that was",
     "torch._(dynamo|inductor)": "torch.compile failed: try again with --no-compile",
-    "/torch_|shared memory": "the shared memory in /dev/shm (df -h shows its size) is too small: "
-    "give the container more with --shm-size or --ipc=host, or use --workers 0",
-    "DataLoader worker": "a worker has ended: where memory was short, use fewer --workers",
+    "/torch_|shared memory": (
+        "the shared memory in /dev/shm (df -h shows its size) is too small: "
+        "give the container more with --shm-size or --ipc=host, or use --workers 0"
+    ),
+    r"DataLoader worker \(pid": "a worker has ended: where memory was short, use fewer --workers",
     "torch.distributed|by peer": "another process of this run has ended: its message tells why",
 }
 
