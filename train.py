@@ -287,7 +287,7 @@ def load_test_batches(photos: datasets.Dataset, args: argparse.Namespace, pin: b
     return [(images.clone(), targets.clone()) for images, targets in loader]
 
 
-@functools.cache
+@functools.cache  # A copy to the GPU in each step would make the CPU wait for it.
 def imagenet_statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of RGB in 0…255: each (3, 1, 1) float32 on `device`."""
     mean_and_std = 255 * torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device)
@@ -540,12 +540,12 @@ def number(number_type: type, low: float, high: float) -> Callable[[str], float]
     """A type for argparse: an int or a float, as `number_type` says, from `low` to `high`."""
 
     def parse(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if low <= number_type(text) <= high:
-                return number_type(text)
-        expected = f"{number_type.__name__} from {low:g} to {high:g}"
-        raise argparse.ArgumentTypeError(f"{text} is no {expected}")
+        value = number_type(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
+        return value
 
+    parse.__name__ = number_type.__name__  # By it, argparse says "invalid int value".
     return parse
 
 
@@ -781,7 +781,8 @@ def print_summary(history: list[dict]):
 def main(argv: list[str] | None = None):
     device = start_process()
     cuda = device.type == "cuda"
-    args = checkpoint = None
+    args = None
+    checkpoint = None
     if RANK == 0:
         args, checkpoint, lock = open_run(argv)
     if PROCESSES > 1:

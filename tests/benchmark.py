@@ -305,17 +305,9 @@ def epoch_rows(
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         common = ["--dataset", write_cars(photos, Path(folder, "cars")), "--output-dir", folder]
         common += ["--batch-size", str(batch_size), "--workers", str(args.workers)]
-        recipe = [
-            "--weights",
-            "none",
-            "--resolution",
-            str(resolution),
-            "--lr",
-            "0.001",
-            "--epochs",
-            "2",
-            "--overwrite",
-        ]
+        recipe = (
+            f"--weights none --resolution {resolution} --lr 0.001 --epochs 2 --overwrite".split()
+        )
         report = ["--checkpoint", f"{folder}/best_model.pth", "--tta", "--num-gradcam", "0"]
         for _ in range(args.repeats):
             torch.compiler.reset()  # compile anew, as a new process would
@@ -378,16 +370,8 @@ def seconds_to_first_step(dataset: str, resolution: int, batch_size: int) -> flo
         weights = Path(folder, "weights.pth")
         torch.save(resnet50().state_dict(), weights)
         flags = ["--dataset", dataset, "--weights", str(weights), "--resolution", str(resolution)]
-        command = [
-            sys.executable,
-            "-c",
-            code,
-            *flags,
-            "--batch-size",
-            str(batch_size),
-            "--output-dir",
-            folder,
-        ]
+        flags += ["--batch-size", str(batch_size), "--output-dir", folder]
+        command = [sys.executable, "-c", code, *flags]
         start = time.perf_counter()
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         return time.perf_counter() - start

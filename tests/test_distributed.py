@@ -64,20 +64,9 @@ def torchrun(cars, tmp_path):
             marker=str(tmp_path / "died"),
         )
         (tmp_path / "spy.py").write_text(SPY.format(**names))
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={processes}",
-        ]
-        command += [
-            f"--max-restarts={restarts}",
-            str(tmp_path / "spy.py"),
-            "--dataset",
-            str(cars),
-            *SMALL,
-        ]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
+        command += [str(tmp_path / "spy.py"), "--dataset", str(cars), *SMALL]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # as the README says, for restarts
         return subprocess.run(

@@ -72,18 +72,9 @@ def plain_logits(trained, model):
 def report(trained, tmp_path_factory):
     """Folder, output and metrics of `eval.py --tta --num-gradcam 4` on the trained checkpoint."""
     folder, out = tmp_path_factory.mktemp("report"), io.StringIO()
-    flags = [
-        "--checkpoint",
-        trained[1] / "best_model.pth",
-        "--tta",
-        "--num-gradcam",
-        4,
-        "--no-amp",
-        "--workers",
-        1,
-    ]
+    paths = ["--checkpoint", str(trained[1] / "best_model.pth"), "--output-dir", str(folder)]
     with contextlib.redirect_stdout(out):
-        evaluation.main([*map(str, flags), "--output-dir", str(folder)])
+        evaluation.main([*paths, *"--tta --num-gradcam 4 --no-amp --workers 1".split()])
     return folder, out.getvalue(), json.loads((folder / "metrics.json").read_text())
 
 

@@ -37,16 +37,8 @@ def test_kills_lose_nothing(cars, tmp_path, kills, epochs):
     draw = random.Random(0)
 
     def start(folder, *flags):
-        argv = [
-            "--dataset",
-            str(cars),
-            *SMALL,
-            "--epochs",
-            str(epochs),
-            "--output-dir",
-            str(folder),
-            *flags,
-        ]
+        argv = ["--dataset", str(cars), *SMALL, "--epochs", str(epochs)]
+        argv += ["--output-dir", str(folder), *flags]
         process = context.Process(target=run_quietly, args=(argv,))
         process.start()
         return process
@@ -88,15 +80,9 @@ def test_kills_lose_nothing(cars, tmp_path, kills, epochs):
 
 def start_script(cars, folder, *flags) -> subprocess.Popen:
     """Start a long run of train.py as a user does, and wait for its first epoch."""
-    command = [
-        sys.executable,
-        str(ROOT / "tests/small.py"),
-        str(ROOT / "train.py"),
-        "--dataset",
-        str(cars),
-        *SMALL,
-    ]
-    command += ["--epochs", "500", *flags, "--output-dir", str(folder)]
+    command = [sys.executable, str(ROOT / "tests/small.py"), str(ROOT / "train.py")]
+    command += ["--dataset", str(cars), *SMALL, "--epochs", "500", *flags]
+    command += ["--output-dir", str(folder)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not process.stdout.readline().startswith("epoch 1/500"):
         assert process.poll() is None, process.stderr.read()
@@ -145,34 +131,16 @@ def test_labels_that_are_no_class_are_refused(run_train, tmp_path, label):
 def test_one_class_trains(run_train, tmp_path):
     rows = [(jpeg(seed), 0) for seed in range(4)]
     folder = write_dataset(tmp_path / "cars", rows, rows, ["a"])
-    flags = [
-        "--dataset",
-        folder,
-        "--output-dir",
-        tmp_path / "run",
-        "--batch-size",
-        4,
-        "--epochs",
-        1,
-    ]
-    status, _, err = run_train(*flags)
+    flags = ["--dataset", folder, "--output-dir", tmp_path / "run", "--batch-size", 4]
+    status, _, err = run_train(*flags, "--epochs", 1)
     assert status == 0 and history(tmp_path / "run")[0]["test_accuracy"] == 1, err
 
 
 @pytest.mark.parametrize("resolution, works", [(32, False), (33, True)])
 def test_one_photo_trains_or_is_refused(run_train, tmp_path, resolution, works):
     folder = write_dataset(tmp_path / "cars", [(jpeg(0), 0)], [(jpeg(0), 0)], ["a", "b"])
-    flags = [
-        "--dataset",
-        folder,
-        "--output-dir",
-        tmp_path / "run",
-        "--batch-size",
-        1,
-        "--epochs",
-        1,
-    ]
-    status, _, err = run_train(*flags, "--resolution", resolution)
+    flags = ["--dataset", folder, "--output-dir", tmp_path / "run", "--batch-size", 1]
+    status, _, err = run_train(*flags, "--epochs", 1, "--resolution", resolution)
     assert (status == 0) is works and err.count("\n") == (not works), err
 
 
@@ -235,15 +203,8 @@ def test_a_tensor_larger_than_its_file_is_refused(tmp_path):
 
 def test_a_thousand_classes_start_a_run_with_a_new_fc(run_train, tmp_path):
     torch.save(train.resnet50().state_dict(), tmp_path / "imagenet.pth")
-    flags = [
-        "--weights",
-        tmp_path / "imagenet.pth",
-        "--epochs",
-        1,
-        "--output-dir",
-        tmp_path / "run",
-    ]
-    assert run_train(*flags)[0] == 0
+    flags = ["--weights", tmp_path / "imagenet.pth", "--output-dir", tmp_path / "run"]
+    assert run_train(*flags, "--epochs", 1)[0] == 0
     assert load(tmp_path / "run/best_model.pth")["model"]["fc.bias"].shape == (8,)
 
 
@@ -254,14 +215,7 @@ def test_no_deprecation_is_left_on_the_main_paths(cars, tmp_path):
     command = [sys.executable, *noise, str(ROOT / "train.py"), *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    command = [
-        sys.executable,
-        *noise,
-        str(ROOT / "eval.py"),
-        "--checkpoint",
-        str(tmp_path / "best_model.pth"),
-        "--tta",
-    ]
-    command += ["--output-dir", str(tmp_path), "--num-gradcam", "2"]
+    command = [sys.executable, *noise, str(ROOT / "eval.py"), "--tta", "--num-gradcam", "2"]
+    command += ["--checkpoint", str(tmp_path / "best_model.pth"), "--output-dir", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

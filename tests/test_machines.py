@@ -35,6 +35,11 @@ def run_small(script: str, *flags: object, **options) -> subprocess.CompletedPro
     return subprocess.run(command, env=environment, text=True, timeout=120, **options)
 
 
+def eval_flags(checkpoint, output_dir) -> list[str]:
+    """Of eval.py, in the tests' own process."""
+    return ["--checkpoint", str(checkpoint), "--output-dir", str(output_dir), "--workers", "0"]
+
+
 # ---------------------------------------------------------------- data sets
 
 
@@ -243,13 +248,7 @@ def test_ctrl_c_in_the_first_seconds_is_quiet(cars, tmp_path, delay):
 
 
 def test_ctrl_c_stops_eval_as_its_workers_start(trained, tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "tests/small.py"),
-        str(ROOT / "eval.py"),
-        "--workers",
-        "2",
-    ]
+    command = [*SMALL_SCRIPT, str(ROOT / "eval.py"), "--workers", "2"]
     command += ["--checkpoint", str(trained[1] / "best_model.pth"), "--output-dir", str(tmp_path)]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -270,28 +269,16 @@ def test_consoles_that_know_no_arrows_and_notebooks_without_their_package(traine
         "PYTHONIOENCODING": "ascii",
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     }
-    flags = [
-        "--checkpoint",
-        trained[1] / "best_model.pth",
-        "--output-dir",
-        tmp_path,
-        "--num-gradcam",
-        0,
-    ]
+    checkpoint = trained[1] / "best_model.pth"
+    flags = ["--checkpoint", checkpoint, "--output-dir", tmp_path, "--num-gradcam", 0]
     done = run_small("eval.py", *flags, environment=environment)
     assert done.returncode == 0 and (tmp_path / "metrics.json").exists(), done.stderr
     assert "true ? predicted" in done.stdout
 
 
 def test_head_and_a_full_disk_behind_the_output_end_quietly(trained, tmp_path):
-    flags = [
-        "--checkpoint",
-        trained[1] / "best_model.pth",
-        "--output-dir",
-        tmp_path,
-        "--num-gradcam",
-        0,
-    ]
+    checkpoint = trained[1] / "best_model.pth"
+    flags = ["--checkpoint", checkpoint, "--output-dir", tmp_path, "--num-gradcam", 0]
     reader, writer = os.pipe()
     os.close(reader)
     done = run_small("eval.py", *flags, stdout=writer)
@@ -462,16 +449,7 @@ def test_logits_that_are_not_finite_are_no_result(trained, tmp_path):
     checkpoint["model"]["bn1.running_var"][:] = -1.0
     torch.save(checkpoint, tmp_path / "bad.pth")
     with pytest.raises(train.InputError, match="bad.pth gives logits that are not finite"):
-        evaluation.main(
-            [
-                "--checkpoint",
-                str(tmp_path / "bad.pth"),
-                "--output-dir",
-                str(tmp_path),
-                "--workers",
-                "0",
-            ]
-        )
+        evaluation.main(eval_flags(tmp_path / "bad.pth", tmp_path))
     assert not (tmp_path / "metrics.json").exists()
 
 
@@ -498,14 +476,7 @@ def test_names_with_dollars_and_odd_files_stop_no_figure(trained, tmp_path, capf
         "epoch": 1,
     }
     torch.save(checkpoint, tmp_path / "two.pth")
-    flags = [
-        "--checkpoint",
-        str(tmp_path / "two.pth"),
-        "--output-dir",
-        str(tmp_path),
-        "--workers",
-        "0",
-    ]
+    flags = eval_flags(tmp_path / "two.pth", tmp_path)
     evaluation.main([*flags, "--dataset", str(tmp_path / "cars")])
     assert (tmp_path / "gradcam_samples.png").exists() and (
         tmp_path / "confusion_matrix.png"
@@ -528,16 +499,7 @@ def test_metrics_are_there_when_a_figure_fails(trained, tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluation, "plot_confusion", fail)
     with pytest.raises(MemoryError):
-        evaluation.main(
-            [
-                "--checkpoint",
-                str(trained[1] / "best_model.pth"),
-                "--output-dir",
-                str(tmp_path),
-                "--workers",
-                "0",
-            ]
-        )
+        evaluation.main(eval_flags(trained[1] / "best_model.pth", tmp_path))
     assert json.loads((tmp_path / "metrics.json").read_text())["test"]["total"] == 32
 
 

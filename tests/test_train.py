@@ -293,17 +293,8 @@ def test_without_amp_all_is_float32():
 def finished(cars, tmp_path_factory):
     """The folder of a run of two epochs."""
     folder = tmp_path_factory.mktemp("finished")
-    argv = [
-        "--dataset",
-        str(cars),
-        *SMALL,
-        "--epochs",
-        "2",
-        "--step-size",
-        "1",
-        "--output-dir",
-        str(folder),
-    ]
+    argv = ["--dataset", str(cars), *SMALL, "--epochs", "2", "--step-size", "1"]
+    argv += ["--output-dir", str(folder)]
     assert train.run_command(lambda: train.main(argv)) == 0
     return folder
 
@@ -428,18 +419,8 @@ def test_resume_refuses_a_data_set_that_changed(run_train, finished, tmp_path):
     last = load(folder / "last_checkpoint.pth")
     last["settings"]["dataset"] = str(tmp_path / "cars")
     torch.save(last, folder / "last_checkpoint.pth")
-    flags = [
-        "--resume",
-        "--step-size",
-        1,
-        "--epochs",
-        3,
-        "--output-dir",
-        folder,
-        "--dataset",
-        tmp_path / "cars",
-    ]
-    status, _, err = run_train(*flags)
+    flags = ["--resume", "--step-size", 1, "--epochs", 3, "--output-dir", folder]
+    status, _, err = run_train(*flags, "--dataset", tmp_path / "cars")
     assert status == 1 and "has changed" in err and str(tmp_path / "cars") in err
 
 
@@ -456,16 +437,10 @@ def test_resume_mends_what_a_kill_left_behind(run_train, finished, tmp_path):
 
 
 def test_ctrl_c_ends_at_once_and_how_to_go_on_was_said(cars, tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "tests/small.py"),
-        str(ROOT / "train.py"),
-        "--dataset",
-        str(cars),
-        *SMALL,
-    ]
+    command = [sys.executable, str(ROOT / "tests/small.py"), str(ROOT / "train.py")]
+    command += ["--dataset", str(cars), *SMALL, "--workers", "2", "--epochs", "500"]
     process = subprocess.Popen(
-        [*command, "--workers", "2", "--epochs", "500", "--output-dir", str(tmp_path)],
+        [*command, "--output-dir", str(tmp_path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
