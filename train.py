@@ -127,7 +127,7 @@ def load_split(dataset: str, split: str) -> datasets.Dataset:
         if Path(dataset).is_dir():
             photos = read_folder(Path(dataset).resolve(), split)
         elif dataset == DEFAULT_DATASET:
-            # By name, since the repository also holds seven corrupted copies of the test split.
+            # Named, because the repository also holds seven corrupted copies of the test split.
             files = ["README.md", f"data/{split}-*"]
             folder = snapshot_download(
                 dataset, repo_type="dataset", revision=DATASET_REVISION, allow_patterns=files
@@ -164,7 +164,7 @@ def read_folder(folder: Path, split: str) -> datasets.Dataset:
     if shards and int(shards[1]) != len(files):
         counted = f"it has {len(files)} of the {split} split's files"
         raise ValueError(f"{counted}; {files[0].name} says that there are {int(shards[1])}")
-    # Escaped, as datasets takes every name for a pattern.
+    # They are escaped, because datasets takes every name for a pattern.
     patterns = [glob.escape(str(file)) for file in files]
     names = ", ".join(file.name for file in files)
     with reported_as(f"cannot load the {split} split from {names} in {folder / 'data'}"):
@@ -179,14 +179,14 @@ def decode_photo(encoded: bytes) -> torch.Tensor:
     # The formats are listed, since Pillow would hand an EPS file to Ghostscript.
     formats = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
     with Image.open(io.BytesIO(encoded), formats=formats) as file:
-        if max(file.size) > 50 * min(file.size):  # Resized, it would fill the memory.
+        if max(file.size) > 50 * min(file.size):  # Resizing it would fill the memory.
             raise ValueError(f"{file.width} × {file.height} pixels are no photo")
         photo = ImageOps.exif_transpose(file)
     if photo.mode.startswith("I;16"):
         # Pillow's own conversion of 16 bits would clip them to white.
         photo = Image.fromarray((np.asarray(photo) // 257).astype(np.uint8))
     if photo.mode == "P":
-        # By way of RGBA, else Pillow warns that a palette's transparency is lost.
+        # Without RGBA in between, Pillow warns that the palette's transparency is lost.
         photo = photo.convert("RGBA")
     return v2.functional.pil_to_tensor(photo.convert("RGB"))
 
@@ -283,7 +283,7 @@ def load_test_batches(photos: datasets.Dataset, args: argparse.Namespace, pin: b
     if len(photos) * 3 * args.resolution**2 > CACHED_CROPS_LIMIT:
         return make_loader(crops, batches, args.workers, pin)
     loader = make_loader(crops, batches, args.workers, pin=False)
-    # Copied, because what a worker hands over takes shared memory, and containers have little.
+    # Cloned, because what a worker hands over takes shared memory, and containers have little.
     return [(images.clone(), targets.clone()) for images, targets in loader]
 
 
@@ -403,7 +403,7 @@ def train_one_epoch(forward, batches, batch_sizes, device, autocast, optimizer, 
     hidden = True if RANK > 0 else None  # None hides it where standard error is no terminal.
     bar = tqdm(batches, "train", len(batch_sizes), leave=False, disable=hidden)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    loss_sum, correct = sums  # Views of it: what is added to them is added there.
+    loss_sum, correct = sums  # They are views of `sums`: adding to them adds to it.
     waited = 0.0
     start = time.perf_counter()
     step_end = start
@@ -487,7 +487,7 @@ def best_epoch(history: list[dict]) -> dict:
 def save_run(run: dict, stateful: dict, history: list[dict], output_dir: Path):
     """Write last_checkpoint.pth, which holds the whole run, and then what follows from it."""
     states = {name: component.state_dict() for name, component in stateful.items()}
-    # On the CPU and contiguous, whatever the device and the memory format here.
+    # They are stored on the CPU and contiguous, whatever the device and memory format here.
     for name, value in states["model"].items():
         states["model"][name] = value.cpu().contiguous()
     checkpoint = {**run, **states, "epoch": len(history), "history": history}
@@ -545,7 +545,7 @@ def number(number_type: type, low: float, high: float) -> Callable[[str], float]
             raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
         return value
 
-    parse.__name__ = number_type.__name__  # By it, argparse says "invalid int value".
+    parse.__name__ = number_type.__name__  # argparse then says "invalid int value".
     return parse
 
 
@@ -624,7 +624,7 @@ def open_run(argv: list[str] | None) -> tuple:
     required = ("settings", "classes", "photos", "history", "optimizer", "scheduler", "scaler")
     if not all(name in checkpoint for name in required):
         raise InputError(f"{last} is no checkpoint to resume: it needs {', '.join(required)}")
-    # Parsed again, so that flags that were left out are those of the run.
+    # The flags are parsed again, so that those that were left out are those of the run.
     args = parse_args(argv, checkpoint["settings"])
     for name in SETTINGS:
         now = getattr(args, name)
@@ -671,7 +671,7 @@ def run_command(main: Callable[[], None]) -> int:
         sys.stdout.flush()
         return 0
     except InputError as error:
-        # It stands behind the traceback of a worker, where it comes from a worker.
+        # Where it comes from a worker, the worker's traceback stands before it.
         message = str(error).rstrip().rpartition("InputError: ")[2]
     except BrokenPipeError:
         # Whoever reads the output, as head does, wants no more of it.
@@ -700,7 +700,7 @@ def start_process() -> torch.device:
         torch.cuda.set_device(device)
     if PROCESSES > 1:
         backend = dist.get_default_backend_for_device(device)
-        # The others may wait for one that downloads.
+        # The timeout is long, because the others may have to wait for one that downloads.
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     return device
 
@@ -758,7 +758,7 @@ def print_plan(args, run: dict, device: torch.device, precision: torch.dtype, ep
 
 def print_epoch(row: dict, epochs: int, is_first: bool):
     minutes_left = (epochs - row["epoch"]) * row["seconds"] / 60
-    left = "" if is_first else f"  {minutes_left:.1f} min left"  # It compiled too.
+    left = "" if is_first else f"  {minutes_left:.1f} min left"  # The first one also compiled.
     print(
         f"epoch {row['epoch']}/{epochs}  lr {row['lr']:.3g}  "
         f"train loss {row['train_loss']:.4f} acc {row['train_accuracy']:.2%}  "
@@ -795,7 +795,7 @@ def main(argv: list[str] | None = None):
     classes = cars["train"].features["label"].names
     photos = {split: len(cars[split]) for split in cars}
     batch_sizes = plan_batches(args, photos["train"])
-    # What each checkpoint says, beside its states and its history.
+    # Each checkpoint says this, beside its states and its history.
     run = {
         "settings": {name: getattr(args, name) for name in ("dataset", *SETTINGS)},
         "resolution": args.resolution,
@@ -841,7 +841,7 @@ def main(argv: list[str] | None = None):
         )
         model.eval()
         if PROCESSES > 1:
-            # Each process has the batch norm statistics of its own photos.
+            # Each has the batch norm statistics of its own photos: all take the first one's.
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
         tested = evaluate(test_forward, test_batches, device, autocast)
