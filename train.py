@@ -784,7 +784,7 @@ def main(argv: list[str] | None = None):
     args = None
     checkpoint = None
     if RANK == 0:
-        args, checkpoint, lock = open_run(argv)
+        args, checkpoint, lock = open_run(argv)  # The process holds the lock until it ends.
     if PROCESSES > 1:
         # All take the flags and the run of the first process, so that they cannot differ.
         opened = [args, checkpoint]
