@@ -656,7 +656,7 @@ def explain(error: Exception) -> str:
     described = f"{type(error)} {error}"
     for pattern, advice in ADVICE.items():
         if re.search(pattern, described):
-            return advice
+            return f"{advice} ({reason(error)})"
     if isinstance(error, OSError):
         return reason(error)
     return ""

@@ -317,6 +317,8 @@ def test_small_shared_memory_is_named_with_its_cure():
 
 def test_what_torch_raises_for_gpus_and_compilers_is_one_line():
     assert "--batch-size" in raised(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
+    line = raised(torch.distributed.DistBackendError("NCCL error: unhandled system error"))
+    assert "another process" in line and "NCCL error" in line
     assert "this GPU" in raised(
         RuntimeError("CUDA error: no kernel image is available for execution")
     )
