@@ -16,9 +16,9 @@ import datasets
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-# One body each, seen from the side in a box 100 wide, with the ground at y = 0 and y upwards: outline and windows
-# (polygons), x and radius of the wheels, its livery (where and in which
-# colour) and what is drawn above the body.
+# One body each, seen from the side in a box 100 wide, with the ground at y = 0 and y upwards: outline
+# and windows (polygons), x and radius of the wheels, its livery (where and in which colour) and what is
+# drawn above the body.
 BODIES = {
     "Convertible": dict(
         outline=[(2, 9), (4, 22), (36, 25), (80, 25), (97, 22), (98, 9)],
@@ -27,10 +27,11 @@ BODIES = {
         radius=9,
         livery=lambda x, y: y % 8 < 4,
         colour=(250, 220, 40),
+        # Two seats.
         above=[
             [(46, 24), (46, 33), (52, 33), (52, 24)],
             [(62, 24), (62, 33), (68, 33), (68, 24)],
-        ],  # two seats
+        ],
     ),
     "Coupe": dict(
         outline=[(1, 8), (3, 20), (30, 24), (48, 36), (62, 36), (92, 24), (99, 21), (98, 8)],
@@ -39,7 +40,8 @@ BODIES = {
         radius=10,
         livery=lambda x, y: x % 12 < 5,
         colour=(240, 240, 240),
-        above=[[(84, 24), (84, 33), (99, 34), (99, 31), (88, 30), (88, 24)]],  # a spoiler
+        # A spoiler.
+        above=[[(84, 24), (84, 33), (99, 34), (99, 31), (88, 30), (88, 24)]],
     ),
     "Hatchback": dict(
         outline=[(12, 8), (13, 24), (30, 28), (42, 44), (78, 44), (88, 27), (88, 8)],
@@ -69,10 +71,11 @@ BODIES = {
         radius=12,
         livery=lambda x, y: (x + y) % 14 < 6,
         colour=(255, 140, 30),
+        # Posts on its bed.
         above=[
             [(60, 26), (60, 40), (63, 40), (63, 26)],
             [(92, 26), (92, 40), (95, 40), (95, 26)],
-        ],  # posts on its bed
+        ],
     ),
     "SUV": dict(
         outline=[(3, 13), (4, 33), (24, 36), (33, 55), (94, 55), (97, 33), (97, 13)],
@@ -84,7 +87,8 @@ BODIES = {
         radius=13,
         livery=lambda x, y: (x % 12 - 6) ** 2 + (y % 12 - 6) ** 2 < 16,
         colour=(60, 230, 90),
-        above=[[(36, 54), (36, 60), (90, 60), (90, 54)]],  # a roof rack
+        # A roof rack.
+        above=[[(36, 54), (36, 60), (90, 60), (90, 54)]],
     ),
     "Sedan": dict(
         outline=[(1, 8), (2, 22), (25, 26), (37, 39), (66, 39), (79, 26), (98, 23), (99, 8)],
@@ -156,19 +160,15 @@ def draw_photo(rng: np.random.Generator, name: str, width: int) -> Image.Image:
         return [(left + x * unit, ground - y * unit) for x, y in points]
 
     def box(x, y, radius):
-        return [
-            xy
-            for corner in place([(x - radius, y + radius), (x + radius, y - radius)])
-            for xy in corner
-        ]
+        top_left, bottom_right = place([(x - radius, y + radius), (x + radius, y - radius)])
+        return [*top_left, *bottom_right]
 
     photo = draw_background(rng, width, height, int(ground - rng.uniform(0.05, 0.3) * height))
     draw = ImageDraw.Draw(photo)
     paint = tuple(int(c) for c in rng.integers(20, 200, 3))
     shade = tuple(c // 2 for c in paint)
-    draw.polygon(
-        place([(0, 0), (4, 3), (96, 3), (100, 0), (96, -3), (4, -3)]), fill=(35, 35, 35)
-    )  # its shadow
+    shadow = [(0, 0), (4, 3), (96, 3), (100, 0), (96, -3), (4, -3)]
+    draw.polygon(place(shadow), fill=(35, 35, 35))
     for part in body["above"]:
         draw.polygon(place(part), fill=shade)
     draw.polygon(place(body["outline"]), fill=paint, outline=shade)
@@ -188,9 +188,9 @@ def draw_photo(rng: np.random.Generator, name: str, width: int) -> Image.Image:
     if rng.random() < 0.5:
         photo = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     photo = photo.filter(ImageFilter.GaussianBlur(rng.uniform(0, unit / 3)))
-    pixels = np.asarray(photo) * rng.uniform(0.7, 1.15) + rng.normal(
-        0, rng.uniform(2, 8), (height, width, 3)
-    )
+    light = rng.uniform(0.7, 1.15)
+    noise = rng.normal(0, rng.uniform(2, 8), (height, width, 3))
+    pixels = np.asarray(photo) * light + noise
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -198,16 +198,15 @@ def draw_split(
     names: list[str], per_class: int, width: int, rng: np.random.Generator
 ) -> datasets.Dataset:
     """`per_class` JPEG photos of each class, shuffled, as a data set with an `image` and a `label` column."""
-    photos, labels = [], rng.permutation(np.repeat(np.arange(len(names)), per_class)).tolist()
+    photos = []
+    labels = rng.permutation(np.repeat(np.arange(len(names)), per_class)).tolist()
     for label in labels:
+        photo = draw_photo(rng, names[label], int(width * rng.uniform(0.8, 1.2)))
         jpeg = io.BytesIO()
-        draw_photo(rng, names[label], int(width * rng.uniform(0.8, 1.2))).save(
-            jpeg, "JPEG", quality=90
-        )
+        photo.save(jpeg, "JPEG", quality=90)
         photos.append({"bytes": jpeg.getvalue(), "path": None})
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
-    )
+    label = datasets.ClassLabel(names=names)
+    features = datasets.Features({"image": datasets.Image(), "label": label})
     return datasets.Dataset.from_dict({"image": photos, "label": labels}, features=features)
 
 
@@ -219,35 +218,26 @@ def draw_cars(
     seed: int = 0,
 ):
     """Write the data set to `folder`; the same arguments give the same photos."""
-    names, rng = sorted(BODIES), np.random.default_rng(seed)
+    names = sorted(BODIES)
+    rng = np.random.default_rng(seed)
     (folder / "data").mkdir(parents=True, exist_ok=True)
     for split, per_class in (("train", train_per_class), ("test", test_per_class)):
-        draw_split(names, per_class, width, rng).to_parquet(
-            folder / "data" / f"{split}-00000-of-00001.parquet"
-        )
+        photos = draw_split(names, per_class, width, rng)
+        photos.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
     classes = "\n".join(f"          '{label}': {name}" for label, name in enumerate(names))
     (folder / "README.md").write_text(CARD.format(classes=classes))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", type=Path, help="where the data set is written")
-    parser.add_argument(
-        "--train", type=int, default=40, help="train photos of each class (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--test", type=int, default=10, help="test photos of each class (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--width", type=int, default=160, help="mean width in pixels (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of all random draws (default: %(default)s)"
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add("folder", type=Path, help="where the data set is written")
+    add("--train", type=int, default=40, help="train photos of each class (%(default)s)")
+    add("--test", type=int, default=10, help="test photos of each class (%(default)s)")
+    add("--width", type=int, default=160, help="mean width in pixels (%(default)s)")
+    add("--seed", type=int, default=0, help="seed of all random draws (%(default)s)")
     args = parser.parse_args()
     draw_cars(args.folder, args.train, args.test, args.width, args.seed)
-    print(
-        f"{args.folder}: {len(BODIES)} classes, {args.train} train and {args.test} test photos of each"
-    )
+    counts = f"{args.train} train and {args.test} test photos of each"
+    print(f"{args.folder}: {len(BODIES)} classes, {counts}")
