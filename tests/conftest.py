@@ -1,22 +1,26 @@
 import gc
-import io
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-os.environ["HF_HOME"] = (
-    tempfile.mkdtemp()
-)  # before datasets is imported: no test reads or fills the user's cache
+TESTS = Path(__file__).parent
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+# The processes that the tests start find the same modules.
+os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")])
+# Before datasets is imported: no test reads or fills the user's cache.
+os.environ["HF_HOME"] = tempfile.mkdtemp()
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Before torch is imported: threads that wait for each other cost more than they gain here.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import datasets  # noqa: E402
 import pytest  # noqa: E402
+import torch  # noqa: E402
 import torchvision.models.resnet  # noqa: E402
 from draw_cars import draw_cars  # noqa: E402
+from scripts import SMALL, Fork  # noqa: E402
 from small import use_small_resnet  # noqa: E402
 
 use_small_resnet()
@@ -27,16 +31,14 @@ datasets.disable_progress_bars()
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--slow", action="store_true", help="also run the tests that are long by design"
-    )
+    described = "also run the tests that are long by design"
+    parser.addoption("--slow", action="store_true", help=described)
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: long by design; runs with --slow, or where CI=true")
-    config.addinivalue_line(
-        "filterwarnings", "ignore:The image decoding and encoding:DeprecationWarning"
-    )
+    decoding = "ignore:The image decoding and encoding:DeprecationWarning"
+    config.addinivalue_line("filterwarnings", decoding)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -45,9 +47,6 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))
-
-
-SMALL = "--weights none --resolution 33 --batch-size 8 --lr 0.01 --workers 0 --no-compile --no-amp".split()
 
 
 @pytest.fixture(scope="session")
@@ -66,70 +65,83 @@ def real_network(monkeypatch):
 
 
 @pytest.fixture
-def run_train(capfd, cars):
-    """Run train.py in this process, with small settings; returns exit status, standard output and standard error."""
+def one_thread():
+    """The same sums on any machine: their order depends on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
-    def run(*flags: object) -> tuple[int, str, str]:
-        argv = ["--dataset", str(cars), *SMALL, *map(str, flags)]
-        try:
-            status = train.run_command(lambda: train.main(argv))
-        except SystemExit as stop:  # argparse
-            status = stop.code
-        gc.collect()  # a run that failed keeps its lock until its frames go: elsewhere, with its process
+
+def call(main, flags: list) -> int:
+    """Call a script's `main` as the script does; returns the exit status."""
+    argv = [str(flag) for flag in flags]
+    try:
+        status = train.run_command(lambda: main(argv))
+    except SystemExit as stop:  # argparse's
+        status = stop.code
+    # A run that failed keeps its lock until its frames go: elsewhere, with its process.
+    gc.collect()
+    return status
+
+
+@pytest.fixture
+def run_train(capfd, cars):
+    """Run train.py in this process, with small settings: exit status, output and errors."""
+
+    def run(*flags) -> tuple[int, str, str]:
+        status = call(train.main, ["--dataset", cars, *SMALL, *flags])
         return status, *capfd.readouterr()
 
     return run
 
 
 @pytest.fixture
-def run_script():
-    """Run a script as a user does; returns what subprocess.run returns."""
+def run_eval(capfd):
+    """Run eval.py in this process: exit status, output and errors."""
 
-    def run(script: str, *flags: object, **environment: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(ROOT / script), *map(str, flags)]
-        return subprocess.run(
-            command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
-        )
+    def run(*flags) -> tuple[int, str, str]:
+        status = call(evaluation.main, ["--workers", 0, "--no-amp", *flags])
+        return status, *capfd.readouterr()
 
     return run
 
 
-def encode(image, **options) -> bytes:
-    """A PIL image as the bytes of a file; options as for Image.save."""
-    file = io.BytesIO()
-    image.save(file, **{"format": "JPEG", **options})
-    return file.getvalue()
+@pytest.fixture
+def fork(tmp_path):
+    """Start a script in a Fork, which does not outlive the test."""
+    forks = []
 
+    def start(script: str, *flags, **options) -> Fork:
+        folder = tmp_path / f"fork{len(forks)}"
+        folder.mkdir()
+        forks.append(Fork(script, *flags, folder=folder, **options))
+        return forks[-1]
 
-def write_dataset(folder: Path, train_rows: list, test_rows: list, names: list[str]) -> Path:
-    """Write (bytes, label) rows as a data set laid out as the Hub repository is, without a card."""
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
-    )
-    (folder / "data").mkdir(parents=True)
-    for split, rows in (("train", train_rows), ("test", test_rows)):
-        columns = {
-            "image": [{"bytes": data, "path": None} for data, _ in rows],
-            "label": [label for _, label in rows],
-        }
-        datasets.Dataset.from_dict(columns, features=features).to_parquet(
-            folder / "data" / f"{split}-0.parquet"
-        )
-    return folder
+    yield start
+    for process in forks:
+        process.clean_up()
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory) -> tuple[Path, Path]:
-    """A drawn data set of 96 + 32 photos, and the folder of a short run of the small network on it."""
-    cars, run = tmp_path_factory.mktemp("trained_cars"), tmp_path_factory.mktemp("trained_run")
-    draw_cars(cars, train_per_class=12, test_per_class=4)
-    flags = (
-        "--weights none --resolution 64 --batch-size 16 --lr 0.01 --epochs 4 --workers 0".split()
-    )
-    assert (
-        train.run_command(
-            lambda: train.main(["--dataset", str(cars), *flags, "--output-dir", str(run)])
-        )
-        == 0
-    )
-    return cars, run
+def finished(cars, tmp_path_factory) -> Path:
+    """The folder of a run of two epochs."""
+    folder = tmp_path_factory.mktemp("finished")
+    flags = ["--dataset", cars, *SMALL, "--epochs", 2, "--step-size", 1, "--output-dir", folder]
+    assert call(train.main, flags) == 0
+    return folder
+
+
+class Trained(NamedTuple):
+    cars: Path
+    run: Path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Trained:
+    """A drawn data set of 96 + 32 photos, and the folder of a short run on it."""
+    made = Trained(tmp_path_factory.mktemp("cars"), tmp_path_factory.mktemp("run"))
+    draw_cars(made.cars, train_per_class=12, test_per_class=4)
+    flags = [*SMALL, "--resolution", 64, "--batch-size", 16, "--epochs", 2]
+    assert call(train.main, ["--dataset", made.cars, *flags, "--output-dir", made.run]) == 0
+    return made

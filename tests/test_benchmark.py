@@ -6,7 +6,7 @@ import re
 import benchmark
 import pytest
 import torch
-from torchvision.models import resnet50
+from small import small_resnet
 
 import eval as evaluation
 import train
@@ -41,7 +41,7 @@ def test_the_table_has_every_row(cars, capfd):
 
 def test_the_reference_gives_the_logits_of_eval(trained):
     photos = train.load_cars(str(trained[0]), ("test",))["test"].select(range(16))
-    model = resnet50(num_classes=8)
+    model = small_resnet(num_classes=8)
     model.load_state_dict(train.read_checkpoint(trained[1] / "best_model.pth")["model"])
     expected = benchmark.textbook_tta(model, photos, 64, 8, 0, torch.device("cpu"))
     cars = train.CarPhotos(photos, functools.partial(evaluation.crop_views, tta=True), 64)

@@ -1,201 +1,168 @@
-"""train.py under torchrun, on gloo processes: equal weights, exact counts, one set of files, resuming, and deaths."""
+"""train.py in several processes, on gloo: equal weights, exact counts, one set of files, resuming, and deaths."""
 
 import json
-import os
-import subprocess
-import sys
-import time
+from collections import Counter
 
 import pytest
 import torch
-from conftest import ROOT, SMALL
+from files import assert_same_weights, load, read_history
+from scripts import SMALL, refusal, run, success
+from spy import photo_name, still_batch_norm
 
 import train
 
-# Runs train.py and writes, for each rank, the rows that it loaded and its final weights.
-SPY = """
-import json, os, sys
-sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-import small
-small.use_small_resnet()
-import torch, train
-if {still!r}:
-    import test_distributed
-    torch.nn.BatchNorm2d.forward = test_distributed.still_batch_norm
-rank, loaded, load, build = os.environ["RANK"], [], train.CarPhotos.__getitem__, train.build_model
-def spy(self, key):
-    loaded.append((str(self.photos.split), *key))
-    if {dies!r} and rank == "1" and key[0] == 3 and not os.path.exists({marker!r}):
-        open({marker!r}, "w").close()
-        os._exit(3)
-    return load(self, key)
-def remember(*args):
-    global model
-    model = build(*args)
-    return model
-train.CarPhotos.__getitem__, train.build_model = spy, remember
-if {other_flags!r} and rank == "1":
-    sys.argv += ["--lr", "0.5", "--output-dir", {folder!r} + "/elsewhere"]
-status = train.run_command(train.main)
-torch.save(model.state_dict(), {folder!r} + f"/rank{{rank}}.pth")
-json.dump(loaded, open({folder!r} + f"/rank{{rank}}.json", "w"))
-sys.exit(status)
-"""
-
 
 @pytest.fixture
-def torchrun(cars, tmp_path):
-    """Run SPY on `processes` processes; returns what subprocess.run returns."""
+def ranks(fork, cars):
+    """Run spy.py in processes that find each other as those of torchrun do: how each has ended."""
 
-    def run(
-        processes: int,
-        *flags: object,
-        dies=False,
-        still=False,
-        other_flags=False,
-        restarts: int = 0,
-    ) -> subprocess.CompletedProcess:
-        names = dict(
-            root=str(ROOT),
-            folder=str(tmp_path),
-            dies=dies,
-            still=still,
-            other_flags=other_flags,
-            marker=str(tmp_path / "died"),
-        )
-        (tmp_path / "spy.py").write_text(SPY.format(**names))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
-        command += [str(tmp_path / "spy.py"), "--dataset", str(cars), *SMALL]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # as the README says, for restarts
-        return subprocess.run(
-            [*command, *map(str, flags)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+    def run(processes: int, *flags, **environment) -> list[tuple[int, str, str]]:
+        # It chooses a free port, as torchrun does.
+        store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": store.port}
+        environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": 1}
+        environment |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        started = []
+        for rank in range(processes):
+            place = {"RANK": rank, "LOCAL_RANK": rank}
+            common = ["--dataset", cars, *SMALL, *flags]
+            started.append(fork("tests/spy.py", *common, **environment, **place))
+        return [process.end() for process in started]
 
     return run
 
 
-def still_batch_norm(layer, images):
-    return images * layer.weight[:, None, None] + layer.bias[:, None, None]
+@pytest.fixture
+def torchrun(cars, tmp_path):
+    """Run spy.py under torchrun, as the README says; its exit status, output and errors."""
+
+    def call(processes: int, *flags, restarts: int = 0, **environment) -> tuple[int, str, str]:
+        environment = {"SPY_NOTES": str(tmp_path), "OMP_NUM_THREADS": "1", **environment}
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        command = ["-m", "torch.distributed.run", "--standalone", f"--max-restarts={restarts}"]
+        command += [f"--nproc-per-node={processes}", "tests/spy.py", "--dataset", cars, *SMALL]
+        return run(*command, *flags, small=False, environment=environment)
+
+    return call
 
 
-def weights(path) -> dict[str, torch.Tensor]:
-    state = torch.load(path, weights_only=True)
-    return state.get("model", state)
-
-
-def check_ranks(folder, processes: int, epochs: int):
-    """That all ranks have the weights that were saved, and that each photo was used once an epoch."""
-    last = weights(folder / "run/last_checkpoint.pth")
+def assert_ranks_agree(folder, processes: int):
+    """That all processes have the weights that were saved, once."""
+    last = load(folder / "run/last_checkpoint.pth")["model"]
     for rank in range(processes):
-        state = weights(folder / f"rank{rank}.pth")
-        assert all(torch.equal(value, state[name]) for name, value in last.items())
-    loaded = [
-        tuple(item)
-        for r in range(processes)
-        for item in json.loads((folder / f"rank{r}.json").read_text())
-    ]
-    train_rows = [("train", epoch, row) for epoch in range(1, epochs + 1) for row in range(16)]
-    assert sorted(loaded) == sorted(train_rows + [("test", 0, row) for row in range(8)])
+        assert_same_weights(last, load(folder / f"rank{rank}.pth"))
     assert len(list((folder / "run").glob("[!.]*"))) == 4
 
 
+def assert_photos_are_shared(cars, folder, shares: list[int], epochs: int):
+    """That all together decoded each train photo once an epoch, and each test photo once.
+
+    The processes have `shares` of the train photos.
+    """
+    decoded = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(len(shares))]
+    counts = Counter(sum(decoded, []))
+    found = train.load_cars(str(cars))
+    times = {"train": epochs, "test": 1}
+    expected = Counter()
+    for split, photos in found.items():
+        for item in photos:
+            expected[photo_name(item["image"]["bytes"])] = times[split]
+    assert counts == expected
+    train_names = {photo_name(item["image"]["bytes"]) for item in found["train"]}
+    own = [sum(name in train_names for name in names) for names in decoded]
+    assert own == [epochs * share for share in shares]
+
+
 def test_three_processes_train_the_weights_that_one_trains(
-    torchrun, run_train, tmp_path, monkeypatch
+    ranks, run_train, cars, tmp_path, monkeypatch
 ):
-    # Batch norm sees a process's own photos, so it is held still here; without it the steps have to be tiny.
-    # Of the last batch of four photos the processes have two, one and one.
+    # Batch norm sees a process's own photos, so that it is held still here. Of the last batch of
+    # four photos the processes have two, one and one.
     flags = ["--batch-size", 6, "--epochs", 1, "--lr", 1e-6]
-    done = torchrun(3, *flags, "--output-dir", tmp_path / "run", still=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("best test accuracy") == 1 and "3 × CPU" in done.stdout
-    check_ranks(tmp_path, processes=3, epochs=1)
+    spied = {"SPY_NOTES": tmp_path, "SPY_STILL": 1}
+    first, *others = ranks(3, *flags, "--output-dir", tmp_path / "run", **spied)
+    out = success(first)
+    assert "3 × CPU" in out
+    assert out.count("best test accuracy") == 1
+    for other in others:
+        assert success(other) == ""
+    assert_ranks_agree(tmp_path, processes=3)
+    assert_photos_are_shared(cars, tmp_path, shares=[6, 5, 5], epochs=1)
+
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn.BatchNorm2d, "forward", still_batch_norm)
-        status, _, err = run_train(*flags, "--output-dir", tmp_path / "one")
-    assert status == 0, err
-    one, three = (weights(tmp_path / run / "last_checkpoint.pth") for run in ("one", "run"))
+        success(run_train(*flags, "--output-dir", tmp_path / "one"))
+    one = load(tmp_path / "one/last_checkpoint.pth")["model"]
+    three = load(tmp_path / "run/last_checkpoint.pth")["model"]
     torch.manual_seed(0)
     start = train.build_model("none", 8).state_dict()
-    step, difference = (
-        torch.cat([(state[name] - other[name]).float().flatten() for name in start]).norm()
-        for state, other in ((one, start), (one, three))
-    )
-    assert difference < 0.01 * step
+    step = torch.cat([(one[name] - start[name]).float().flatten() for name in start])
+    difference = torch.cat([(one[name] - three[name]).float().flatten() for name in start])
+    assert difference.norm() < 0.01 * step.norm()
+    (row,) = read_history(tmp_path / "run")
+    (expected,) = read_history(tmp_path / "one")
+    for name in ("train_loss", "train_accuracy", "test_loss", "test_accuracy"):
+        assert row[name] == pytest.approx(expected[name], rel=1e-4)
+
+
+# Nine is no multiple of two; fourteen of sixteen photos leave one for each, too few at 32 px.
+@pytest.mark.parametrize("batch_size, left", [(9, 7), (14, 2)])
+def test_batches_that_two_processes_cannot_share_are_refused(ranks, tmp_path, batch_size, left):
+    flags = ["--batch-size", batch_size, "--resolution", 32, "--output-dir", tmp_path]
+    for outcome in ranks(2, *flags):
+        err = refusal(outcome)
+        assert f"--batch-size {batch_size} does not fit" in err
+        assert "a multiple of the 2 processes" in err
+        assert f"a last batch of at least 4 (now {left})" in err
+
+
+def test_a_stale_rank_is_refused(fork, cars, tmp_path):
+    process = fork("train.py", "--dataset", cars, *SMALL, "--output-dir", tmp_path, RANK=1)
+    assert "WORLD_SIZE" in refusal(process.end())
 
 
 @pytest.mark.slow
-def test_each_photo_counts_once_in_every_epoch_of_two_processes(torchrun, tmp_path):
-    done = torchrun(2, "--batch-size", 6, "--epochs", 2, "--output-dir", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
-    check_ranks(tmp_path, processes=2, epochs=2)
+def test_each_photo_counts_once_in_every_epoch_of_two_processes(torchrun, cars, tmp_path):
+    flags = ["--batch-size", 6, "--epochs", 2, "--output-dir", tmp_path / "run"]
+    success(torchrun(2, *flags))
+    assert_ranks_agree(tmp_path, processes=2)
+    assert_photos_are_shared(cars, tmp_path, shares=[8, 8], epochs=2)
 
 
 @pytest.mark.slow
 def test_runs_resume_across_process_counts(torchrun, run_train, tmp_path):
-    flags = ["--batch-size", 6, "--output-dir", tmp_path / "run"]
-    assert torchrun(2, *flags, "--epochs", 1).returncode == 0
-    status, out, err = run_train(*flags, "--epochs", 2, "--resume")
-    assert status == 0 and "resumed after epoch 1" in out, err
-    done = torchrun(3, *flags, "--epochs", 3, "--resume")
-    assert done.returncode == 0 and "resumed after epoch 2" in done.stdout, done.stderr
-    checkpoint = torch.load(tmp_path / "run/last_checkpoint.pth", weights_only=True)
-    assert [row["epoch"] for row in checkpoint["history"]] == [1, 2, 3]
-
-
-@pytest.mark.parametrize(
-    "batch_size, words", [(7, "a multiple of the 2"), (10, r"a last batch of at least 2 \(now 1\)")]
-)
-def test_batches_that_two_processes_cannot_share_are_refused(monkeypatch, batch_size, words):
-    monkeypatch.setattr(train, "PROCESSES", 2)
-    args = train.parse_args(["--batch-size", str(batch_size)])
-    with pytest.raises(train.InputError, match=words):
-        train.plan_batches(args, 31)
+    flags = ["--batch-size", 6, "--output-dir", tmp_path / "run", "--resume", "--epochs"]
+    success(torchrun(2, *flags, 1))
+    assert "resumed after epoch 1" in success(run_train(*flags, 2))
+    assert "resumed after epoch 2" in success(torchrun(3, *flags, 3))
+    assert [row["epoch"] for row in read_history(tmp_path / "run")] == [1, 2, 3]
 
 
 @pytest.mark.slow
 def test_all_processes_take_the_flags_and_the_run_of_the_first(torchrun, tmp_path):
-    flags = ["--batch-size", 8, "--output-dir", tmp_path / "run", "--resume"]
-    for epochs in (1, 2):
-        done = torchrun(2, "--epochs", epochs, *flags, other_flags=True)
-        assert done.returncode == 0, done.stderr
-    assert "resumed after epoch 1" in done.stdout and not (tmp_path / "elsewhere").exists()
-    last = torch.load(tmp_path / "run/last_checkpoint.pth", weights_only=True)
-    assert last["settings"]["lr"] == 0.01 and len(last["history"]) == 2
-    for rank in range(2):
-        state = weights(tmp_path / f"rank{rank}.pth")
-        assert all(torch.equal(value, state[name]) for name, value in last["model"].items())
+    flags = ["--batch-size", 8, "--output-dir", tmp_path / "run", "--resume", "--epochs"]
+    others = f"--lr 0.5 --output-dir {tmp_path / 'elsewhere'}"
+    success(torchrun(2, *flags, 1, SPY_FLAGS=others))
+    assert "resumed after epoch 1" in success(torchrun(2, *flags, 2, SPY_FLAGS=others))
+    assert not (tmp_path / "elsewhere").exists()
+    last = load(tmp_path / "run/last_checkpoint.pth")
+    assert last["settings"]["lr"] == 0.01
+    assert len(last["history"]) == 2
+    assert_ranks_agree(tmp_path, processes=2)
 
 
 @pytest.mark.slow
 def test_a_process_that_dies_takes_the_others_down_and_a_restart_goes_on(torchrun, tmp_path):
     flags = ["--batch-size", 8, "--epochs", 4, "--output-dir", tmp_path / "run"]
-    start = time.perf_counter()
-    done = torchrun(2, *flags, dies=True)
-    assert done.returncode != 0 and time.perf_counter() - start < 120
-    assert "exitcode" in done.stderr and "rank      : 1" in done.stderr
-    (tmp_path / "died").unlink()
-    done = torchrun(2, *flags, "--resume", dies=True, restarts=1)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "died").exists() and "resumed after epoch" in done.stdout
-    checkpoint = torch.load(tmp_path / "run/last_checkpoint.pth", weights_only=True)
-    assert [row["epoch"] for row in checkpoint["history"]] == [1, 2, 3, 4]
-
-
-def test_shares_are_disjoint_and_complete(monkeypatch):
-    for ranks in (1, 2, 3, 4):
-        monkeypatch.setattr(train, "PROCESSES", ranks)
-        parts = []
-        for rank in range(ranks):
-            monkeypatch.setattr(train, "RANK", rank)
-            parts.append(list(train.split_into_batches(range(8041), 128, 1)))
-        rows = [row for part in parts for batch in part for _, row in batch]
-        assert sorted(rows) == list(range(8041))
-        assert all(
-            abs(len(a) - len(parts[0][i])) <= 1 for part in parts for i, a in enumerate(part)
-        )
+    # It has decoded its four test photos, and in each epoch eight train photos.
+    in_epoch_3 = {"SPY_ENDS_AT": "21"}
+    status, _, err = torchrun(2, *flags, **in_epoch_3)
+    assert status != 0
+    assert "exitcode" in err
+    assert "rank      : 1" in err
+    assert [row["epoch"] for row in read_history(tmp_path / "run")] == [1, 2]
+    (tmp_path / "ended").unlink()
+    out = success(torchrun(2, *flags, "--resume", restarts=1, SPY_ENDS_AT="5"))
+    assert (tmp_path / "ended").exists()
+    assert "resumed after epoch 2" in out
+    assert [row["epoch"] for row in read_history(tmp_path / "run")] == [1, 2, 3, 4]
