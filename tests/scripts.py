@@ -66,15 +66,15 @@ class Fork(FORKSERVER.Process):
         os.environ.update(self.environment)
         for name in ("train", "eval"):
             sys.modules.pop(name, None)
+        # The script's own workers start as they do elsewhere.
+        multiprocessing.set_start_method(None, force=True)
         use_small_resnet()
         sys.argv = self.argv
         runpy.run_path(self.argv[0], run_name="__main__")
 
     def wait_for(self, beginning: str):
         """Wait for a line on standard output."""
-        while not self.out.read_text().startswith(beginning):
-            if "\n" + beginning in self.out.read_text():
-                return
+        while f"\n{beginning}" not in f"\n{self.out.read_text()}":
             assert self.is_alive(), self.err.read_text()
             time.sleep(0.02)
 
