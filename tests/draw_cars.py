@@ -1,11 +1,11 @@
-"""Draw a small data set of cars, for the tests and for trying the program with no Hub, no GPU and no weights.
+"""Draw a small data set of cars, for the tests and for trying the program with no network.
 
-    python tests/draw_cars.py drawn_cars                # 8 classes, 320 train and 80 test photos, about 10 s
-    python tests/draw_cars.py large --width 608         # as wide as the average photo of Stanford Cars
+    python tests/draw_cars.py drawn_cars           # 8 classes, 320 + 80 photos, about 10 s
+    python tests/draw_cars.py large --width 608    # as wide as the average photo of Stanford Cars
 
-Each class is a body: its outline, its wheels, its windows and its details. Colour, place, scale, direction,
-background, light and noise vary from photo to photo. The folder is laid out as the Hub repository of Stanford
-Cars is: README.md with the data set's card, and data/*.parquet, one file a split.
+Each class is a body: its outline, its wheels, its windows and its details. Colour, place, scale,
+direction, background, light and noise vary from photo to photo. The folder is laid out as the Hub
+repository of Stanford Cars is: README.md with the data set's card, and data/*.parquet, one a split.
 """
 
 import argparse
@@ -16,9 +16,9 @@ import datasets
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-# One body each, seen from the side in a box 100 wide, with the ground at y = 0 and y upwards: outline
-# and windows (polygons), x and radius of the wheels, its livery (where and in which colour) and what is
-# drawn above the body.
+# One body each, seen from the side in a box 100 wide, with the ground at y = 0 and y upwards:
+# outline and windows (polygons), x and radius of the wheels, its livery (where and in which
+# colour) and what is drawn above the body.
 BODIES = {
     "Convertible": dict(
         outline=[(2, 9), (4, 22), (36, 25), (80, 25), (97, 22), (98, 9)],
@@ -197,7 +197,7 @@ def draw_photo(rng: np.random.Generator, name: str, width: int) -> Image.Image:
 def draw_split(
     names: list[str], per_class: int, width: int, rng: np.random.Generator
 ) -> datasets.Dataset:
-    """`per_class` JPEG photos of each class, shuffled, as a data set with an `image` and a `label` column."""
+    """`per_class` JPEG photos of each class, shuffled, with the columns `image` and `label`."""
     photos = []
     labels = rng.permutation(np.repeat(np.arange(len(names)), per_class)).tolist()
     for label in labels:

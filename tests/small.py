@@ -1,8 +1,8 @@
 """A ResNet of four blocks in place of ResNet-50, for tests in which the network is not the point.
 
-It has ResNet-50's stem, its blocks and its 2048 features, but 3 M parameters instead of 25 M: two epochs of the tests'
-data take 2 s instead of 11. conftest.py puts it in place for runs in the tests' own process; as a command, this file
-does so for a script that the tests start as a user does:
+It has ResNet-50's stem, its blocks and its 2048 features, but 3 M parameters instead of 25 M: two
+epochs of the tests' data take 2 s instead of 11. conftest.py puts it in place for runs in the
+tests' own process; as a command, this file does so for a script that the tests start as a user does:
 
     python tests/small.py train.py --epochs 1
 """
@@ -20,7 +20,7 @@ def small_resnet(num_classes: int = 1000) -> ResNet:
 
 
 def use_small_resnet():
-    """Both scripts import resnet50 from torchvision.models, and so get the small network if they come after this."""
+    """Call it before the scripts are imported: they take resnet50 from torchvision.models."""
     torchvision.models.resnet50 = small_resnet
 
 

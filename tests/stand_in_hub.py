@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub on loopback: serves one data set repository from a local folder."""
+"""A stand-in for the Hugging Face Hub on loopback: serves one data set from a local folder."""
 
 import contextlib
 import hashlib
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def stand_in_hub(folder: Path, repo: str, revision: str):
-    """Serve `folder` as data set `repo` at `revision`; yields the endpoint's URL and the list of paths fetched."""
+    """Serve `folder` as data set `repo` at `revision`; yields the URL and the paths fetched."""
     files = {
         path.relative_to(folder).as_posix(): path
         for path in sorted(folder.rglob("*"))

@@ -1,4 +1,4 @@
-"""benchmark.py: that it runs and prints what it measured, and that its reference computes the same as eval.py."""
+"""benchmark.py: it runs and prints its rows, and its reference computes what eval.py does."""
 
 import functools
 import re

@@ -1,4 +1,4 @@
-"""Data sets, folders and photos: what is taken, what is refused, how it is cropped and in which order."""
+"""Data sets, folders and photos: what is taken, how it is cropped, and in which order."""
 
 import hashlib
 import shutil
@@ -112,7 +112,7 @@ def test_a_local_folder_that_changes_is_read_anew(tmp_path):
 
 @pytest.fixture
 def hub_at(monkeypatch, tmp_path):
-    """Turn huggingface_hub to a URL, as HF_ENDPOINT does in a new process, and to an empty cache."""
+    """Turn huggingface_hub to a URL, as HF_ENDPOINT does, and to an empty cache."""
     constants = huggingface_hub.constants
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -242,7 +242,7 @@ def test_one_photo_trains_where_batch_norm_sees_more_than_one_value(run_train, t
 
 
 def upright(mode: str = "RGB") -> Image.Image:
-    """Red over blue with a green corner at the top left: no two of the eight EXIF orientations look alike."""
+    """Red over blue with a green corner: no two of the eight EXIF orientations look alike."""
     photo = Image.new("RGB", (48, 32), (220, 30, 30))
     photo.paste((30, 30, 220), (0, 16, 48, 32))
     photo.paste((30, 200, 30), (0, 0, 16, 8))

@@ -1,4 +1,4 @@
-"""train.py in several processes, on gloo: equal weights, exact counts, one set of files, resuming, and deaths."""
+"""train.py in several processes: equal weights, exact counts, one set of files, and deaths."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What a run writes, and how it resumes, after kills, signals and full disks, on other people's machines."""
+"""What a run writes, and how it resumes: after kills, signals and full disks, anywhere."""
 
 import contextlib
 import io

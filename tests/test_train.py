@@ -1,4 +1,4 @@
-"""The recipe, its steps and evaluations, the precision, torch.compile, the flags, and that it learns."""
+"""The recipe, its steps and evaluations, precision, compilation, flags, and that it learns."""
 
 import functools
 
@@ -63,7 +63,7 @@ def test_one_learning_rate_for_all_parameters_and_nothing_frozen(run_train, tmp_
 
 
 def textbook_batch(photos: list[tuple[bytes, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The test crops of (bytes, label) rows at 64 px, normalised as torchvision does, and labels."""
+    """The test crops of (bytes, label) rows at 64 px, normalised by torchvision, and labels."""
     to_tensor = transforms.ToTensor()
     normalize = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     crops = [train.center_crop(train.decode_photo(encoded), 64) for encoded, _ in photos]
