@@ -95,6 +95,7 @@ def test_cut_off_files_are_refused(finished, tmp_path, share):
     refused(tmp_path / "cut.pth")
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_files_of_other_programs_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for seed in range(5):
