@@ -2,59 +2,58 @@
 
     python eval.py                              # best_model.pth on the test split it was chosen on
     python eval.py --tta --num-gradcam 32       # also the average of six views; more GradCAM photos
-    python eval.py --images car.jpg truck.png   # the five likeliest classes of your own photos
+    python eval.py --images car.jpg holidays    # the five likeliest classes of your own photos
 
 On the reference's 448 px model: 91.78 %, with TTA 91.93 %; on its 224 px model: 89.38 %, 90.32 %.
 """
 
 import argparse
+import contextlib
 import functools
+import glob
 import json
 import math
 import os
 import platform
 import signal
+import sys
+import warnings
 from collections import Counter
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 # Set before matplotlib is imported: no window is opened, and a notebook's backend may be missing.
 os.environ["MPLBACKEND"] = "agg"
 if __name__ == "__main__":
-    # Ctrl-C ends the process at once; as an exception, it can be lost or draw tracebacks.
-    signal.signal(signal.SIGINT, lambda signal_number, frame: os._exit(130))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # As in train.py.
 
-import sys
-
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, fontManager, get_font
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.image import show_cam_on_image
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from scipy.stats import binomtest
 from torchvision.models import resnet50
-from tqdm import tqdm
 
 import train
-from train import CarPhotos, InputError, normalize, number, whole_file
+from train import CarPhotos, InputError, move_and_normalize
 
 # ---------------------------------------------------------------- model
 
 
-def load_model(args: argparse.Namespace, checkpoint: dict) -> tuple:
-    """The ResNet-50 of `checkpoint`, on the GPU if there is one; and autocast for it."""
-    device = train.start_process()
-    precision = train.pick_precision(device, args.amp)
-    autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
+def load_model(checkpoint: dict) -> torch.nn.Module:
+    """The ResNet-50 of `checkpoint`, on the GPU if there is one."""
     model = resnet50(num_classes=len(checkpoint["model"]["fc.bias"]))
     model.load_state_dict(checkpoint["model"])
-    model.to(device, memory_format=torch.channels_last).eval()
+    model.to(train.DEVICE, memory_format=torch.channels_last).eval()
     # GradCAM takes gradients at the last block: through the rest, they would keep all activations.
     model.requires_grad_(False)
     model.layer4[-1].requires_grad_(True)
-    print(f"device      {device.type}, {precision}")
-    return model, autocast
+    return model
 
 
 def crop_views(photo: torch.Tensor, resolution: int, tta: bool) -> torch.Tensor:
@@ -73,20 +72,19 @@ def predict(model, views: torch.Tensor, autocast) -> tuple[torch.Tensor, torch.T
 
     Both are (B, classes) float32 on the CPU. With one view (no TTA), the second is the first.
     """
-    device = next(model.parameters()).device
-    crops = list(views.to(device, non_blocking=True).unbind(1))
+    crops = list(views.to(train.DEVICE, non_blocking=True).unbind(1))
     if len(crops) > 1:
         crops.extend([crop.flip(-2) for crop in crops])  # Mirrored left to right.
     with autocast:
-        logits = torch.stack([model(normalize(crop, device)).float() for crop in crops])
+        logits = torch.stack([model(move_and_normalize(crop)).float() for crop in crops])
     return logits[0].cpu(), logits.mean(0).cpu()
 
 
-def predict_all(model, cars: CarPhotos, args, autocast) -> tuple[torch.Tensor, torch.Tensor]:
+def predict_all(model, photos: CarPhotos, args, autocast) -> tuple[torch.Tensor, torch.Tensor]:
     """`predict` for all photos; raises InputError where logits are not finite."""
-    batches = list(train.split_into_batches(range(len(cars.photos)), args.batch_size))
-    loader = train.make_loader(cars, batches, args.workers, pin=torch.cuda.is_available())
-    bar = tqdm(loader, "test", leave=False, disable=None)
+    batches = train.test_batches(len(photos.cars["test"]), args.batch_size)
+    loader = train.make_loader(photos, batches, args.workers)
+    bar = train.next_batches(loader, len(batches), "test")
     logits = [predict(model, views, autocast) for views, _ in bar]
     single = torch.cat([first for first, _ in logits])
     mean = torch.cat([average for _, average in logits])
@@ -97,13 +95,12 @@ def predict_all(model, cars: CarPhotos, args, autocast) -> tuple[torch.Tensor, t
 
 def grad_cam(model, crops: torch.Tensor, classes: list[int], batch_size: int) -> np.ndarray:
     """GradCAM maps of (N, R, R, 3) uint8 crops for `classes`, at layer4[-1]: (N, R, R) in 0…1."""
-    device = next(model.parameters()).device
     maps = []
     with GradCAM(model, [model.layer4[-1]]) as cam:
         for start in range(0, len(crops), batch_size):
             batch = slice(start, start + batch_size)
             targets = [ClassifierOutputTarget(index) for index in classes[batch]]
-            maps.append(cam(normalize(crops[batch], device), targets))
+            maps.append(cam(move_and_normalize(crops[batch]), targets))
     return np.concatenate(maps)
 
 
@@ -166,6 +163,26 @@ def worst_first(class_rows: list[dict]) -> list[dict]:
     return sorted(tested, key=lambda row: row["accuracy"])
 
 
+def compute_metrics(single, mean, labels, classes: list[str], tta: bool) -> dict:
+    """What (N, classes) logits are worth, beside (N,) int64 labels.
+
+    `single` are those of the first view; `mean`, with `tta`, those of the six.
+    """
+    confusion = count_confusion(single, labels)
+    in_top5 = single.topk(min(5, len(classes))).indices == labels[:, None]
+    metrics = {
+        "test": accuracy(int(confusion.trace()), len(labels)),
+        "top5": accuracy(int(in_top5.sum()), len(labels)),
+        "per_class": class_accuracies(confusion, classes),
+        "confused_pairs": confused_pairs(confusion, classes),
+    }
+    if tta:
+        tta_confusion = count_confusion(mean, labels)
+        metrics["tta"] = accuracy(int(tta_confusion.trace()), len(labels))
+        metrics["tta"]["per_class"] = class_accuracies(tta_confusion, classes)
+    return metrics
+
+
 def print_classes(title: str, class_rows: list[dict]):
     print(f"\n{title}")
     for row in class_rows:
@@ -174,41 +191,24 @@ def print_classes(title: str, class_rows: list[dict]):
         print(f"{share:>8}  {counts:>7}  {row['index']:>4}  {row['name']}")
 
 
-def report(single, mean, labels, classes: list[str], tta: bool) -> dict:
-    """Print and return what (N, classes) logits are worth, beside (N,) int64 labels.
-
-    `single` are those of the first view; `mean`, with `tta`, those of the six.
-    """
-    confusion = count_confusion(single, labels)
-    class_rows = class_accuracies(confusion, classes)
-    worst = worst_first(class_rows)
-    in_top5 = single.topk(min(5, len(classes))).indices == labels[:, None]
-    metrics = {
-        "test": accuracy(int(confusion.trace()), len(labels)),
-        "top5": accuracy(int(in_top5.sum()), len(labels)),
-        "per_class": class_rows,
-        "confused_pairs": confused_pairs(confusion, classes),
-    }
+def print_metrics(metrics: dict):
+    worst = worst_first(metrics["per_class"])
     print(f"\ntest accuracy   {with_interval(metrics['test'])}")
     print(f"top-5 accuracy  {with_interval(metrics['top5'])}")
-    print_classes("accuracy per class", class_rows)
+    print_classes("accuracy per class", metrics["per_class"])
     print_classes("ten worst classes", worst[:10])
     print_classes("ten best classes", worst[::-1][:10])
-    if tta:
-        tta_confusion = count_confusion(mean, labels)
-        tta_rows = class_accuracies(tta_confusion, classes)
-        metrics["tta"] = accuracy(int(tta_confusion.trace()), len(labels))
-        metrics["tta"]["per_class"] = tta_rows
+    if "tta" in metrics:
         gain = 100 * (metrics["tta"]["accuracy"] - metrics["test"]["accuracy"])
         print(f"\nsix views       {with_interval(metrics['tta'])}")
         print(f"                {gain:+.2f} points to the single view")
         print_classes("ten worst classes of the single view", worst[:10])
-        print_classes("ten worst classes of the six views", worst_first(tta_rows)[:10])
+        tta_worst = worst_first(metrics["tta"]["per_class"])
+        print_classes("ten worst classes of the six views", tta_worst[:10])
     print("\nmost confused pairs: count, share of the true class, true → predicted")
     for pair in metrics["confused_pairs"]:
         names = f"{pair['true']} → {pair['predicted']}"
         print(f"{pair['count']:>4}  {pair['share']:>8.2%}  {names}")
-    return metrics
 
 
 def write_metrics(metrics: dict, args: argparse.Namespace):
@@ -219,17 +219,33 @@ def write_metrics(metrics: dict, args: argparse.Namespace):
     contents = {**metrics, "settings": vars(args), "versions": versions}
     text = json.dumps(contents, indent=2, ensure_ascii=False, default=str)
     path = args.output_dir / "metrics.json"
-    with whole_file(path) as draft:
-        draft.write_text(text, encoding="utf-8")
+    with train.atomic_write(path) as file:
+        file.write(text.encode())
     print(f"\nwrote {path}")
 
 
 # ---------------------------------------------------------------- figures
 
 
+def use_fonts_for(text: str):
+    """Have matplotlib take a font of the system for what its own lacks in `text`, as Chinese."""
+    own = get_font(findfont("DejaVu Sans")).get_charmap().keys()
+    missing = set(map(ord, text)) - own - {ord("\n")}
+    if not missing:
+        return
+    for font in fontManager.ttflist:
+        with contextlib.suppress(OSError, RuntimeError):  # It may be gone, or damaged.
+            if missing <= get_font(font.fname).get_charmap().keys():
+                matplotlib.rcParams["font.family"] = ["DejaVu Sans", font.name]
+                return
+    signs = "".join(map(chr, sorted(missing)[:5]))
+    print(f"no font of this system has all of {signs} …: figures show boxes instead")
+    warnings.filterwarnings("ignore", "Glyph")  # One of matplotlib's for each of these signs.
+
+
 def save_figure(figure: Figure, path: Path):
-    with whole_file(path) as draft:
-        figure.savefig(draft, format="png", dpi=100)
+    with train.atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=100)
     print(f"wrote {path}")
 
 
@@ -238,7 +254,7 @@ def plot_confusion(confusion: np.ndarray, classes: list[str]) -> Figure:
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     count = len(classes)
     longest = max(len(name) for name in classes)
-    side = 0.16 * count + 0.07 * longest + 2  # inches: cells, names, the bar
+    side = min(160, 0.16 * count + 0.07 * longest + 2)  # inches: cells, names, the bar
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(np.ma.masked_equal(share, 0), cmap="viridis_r", vmin=0, vmax=1)
@@ -252,33 +268,39 @@ def plot_confusion(confusion: np.ndarray, classes: list[str]) -> Figure:
     return figure
 
 
-def plot_grad_cam(crops: torch.Tensor, maps: np.ndarray, titles: list, colors: list) -> Figure:
-    """A cell for each of (N, R, R, 3) uint8 crops: a title, the crop, and its (R, R) map on it."""
-    columns = min(3, len(crops))
-    rows = math.ceil(len(crops) / 3)
+@dataclass
+class Cell:
+    """A photo in a GradCAM figure: its (R, R, 3) uint8 crop, and the class to explain."""
+
+    crop: torch.Tensor
+    label: int
+    title: str
+    color: str
+
+
+def plot_grad_cam(cells: list[Cell], maps: np.ndarray) -> Figure:
+    """Each cell's title, its crop, and its (R, R) map of `maps` on the crop."""
+    columns = min(3, len(cells))
+    rows = math.ceil(len(cells) / 3)
     height = 2.75 * rows  # inches, of which each row's title takes 0.6
     figure = Figure(figsize=(4.4 * columns, height))
     top = 1 - 0.6 / height
     figure.subplots_adjust(0.02, 0.05 / height, 0.99, top, wspace=0.04, hspace=0.3)
-    photos = zip(crops, maps, titles, colors, strict=True)
-    for number_in_figure, (crop, heat, title, color) in enumerate(photos, 1):
-        axes = figure.add_subplot(rows, columns, number_in_figure)
+    for number, (cell, heat) in enumerate(zip(cells, maps, strict=True), 1):
+        axes = figure.add_subplot(rows, columns, number)
         axes.axis("off")
-        image = crop.numpy() / np.float32(255)
+        image = cell.crop.numpy() / np.float32(255)
         gap = np.ones((len(image), len(image) // 20, 3))
         overlay = show_cam_on_image(image, heat, use_rgb=True, image_weight=0.6) / 255
         axes.imshow(np.concatenate([image, gap, overlay], axis=1))
-        axes.set_title(title, fontsize=7, loc="left", color=color, parse_math=False)
+        axes.set_title(cell.title, fontsize=7, loc="left", color=cell.color, parse_math=False)
     return figure
 
 
-def draw_grad_cam(path: Path, cells: list[dict], model, batch_size: int):
-    """Write the figure of `cells`: each a crop, the class to explain, a title and its colour."""
-    crops = torch.stack([cell["crop"] for cell in cells])
-    maps = grad_cam(model, crops, [cell["class"] for cell in cells], batch_size)
-    titles = [cell["title"] for cell in cells]
-    colors = [cell["color"] for cell in cells]
-    save_figure(plot_grad_cam(crops, maps, titles, colors), path)
+def draw_grad_cam(path: Path, cells: list[Cell], model, batch_size: int):
+    crops = torch.stack([cell.crop for cell in cells])
+    maps = grad_cam(model, crops, [cell.label for cell in cells], batch_size)
+    save_figure(plot_grad_cam(cells, maps), path)
 
 
 def choose_errors(logits, labels, class_rows: list[dict], random) -> list[int]:
@@ -292,9 +314,9 @@ def choose_errors(logits, labels, class_rows: list[dict], random) -> list[int]:
     return rows
 
 
-def photo_cell(row: int, cars: CarPhotos, logits, classes: list[str]) -> dict:
-    """The GradCAM cell of the test photo in `row`, titled with its true and predicted class."""
-    views, label = cars[0, row]
+def test_cell(row: int, photos: CarPhotos, logits, classes: list[str]) -> Cell:
+    """The test photo in `row`, titled with its true and its predicted class."""
+    views, label = photos["test", 0, row]
     confidence, guess = logits[row].softmax(0).max(0)
     right = guess == label
     verdict = "right" if right else "WRONG"
@@ -303,8 +325,7 @@ def photo_cell(row: int, cars: CarPhotos, logits, classes: list[str]) -> dict:
         f"predicted: {classes[guess]}\n"
         f"{verdict}, confidence {confidence:.2%}"
     )
-    color = "darkgreen" if right else "firebrick"
-    return {"crop": views[0], "class": int(guess), "title": title, "color": color}
+    return Cell(views[0], int(guess), title, color="darkgreen" if right else "firebrick")
 
 
 # ---------------------------------------------------------------- command line
@@ -319,25 +340,41 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--checkpoint", type=Path, default="best_model.pth",
         help="what train.py saved, or a state dict (%(default)s)")
     add("--dataset", help="Hub data set or local folder (what the checkpoint was trained on)")
-    add("--resolution", type=number(int, 32, 4096),
+    add("--resolution", type=train.number(int, 32, 4096),
         help="side of the crops in pixels (the checkpoint's)")
-    add("--batch-size", type=number(int, 1, 65536), default=batch_size,
+    add("--batch-size", type=train.number(int, 1, 65536), default=batch_size,
         help="photos evaluated at once (64 on CUDA, else 16)")
     add("--tta", action="store_true",
         help="also average the logits of six views: three scales, mirrored or not")
-    add("--num-gradcam", type=number(int, 0, 1000), default=16,
+    add("--num-gradcam", type=train.number(int, 0, 1000), default=16,
         help="photos in the GradCAM figure; 0 for no GradCAM (%(default)s)")
-    add("--seed", type=number(int, 0, 2**32), default=42,
+    add("--seed", type=train.number(int, 0, 2**32), default=42,
         help="of the choice of photos (%(default)s)")
-    add("--workers", type=number(int, 0, 256), default=train.WORKERS,
+    add("--workers", type=train.number(int, 0, 256), default=train.DEFAULT_WORKERS,
         help="processes that decode photos (%(default)s)")
     add("--output-dir", type=Path, default=".", help="for figures and metrics.json (%(default)s)")
     add("--amp", action=argparse.BooleanOptionalAction, default=True,
         help="mixed precision, where it is native (on)")
-    add("--images", type=Path, nargs="+", metavar="PATH",
-        help="name the classes of these photos instead")
+    add("--images", nargs="+", metavar="PATH",
+        help="name the classes of these photos, and of those in these folders, instead")
     # fmt: on
     return parser.parse_args(argv)
+
+
+def find_images(names: list[str]) -> list[str]:
+    """The files that --images names: a folder stands for its photos, a pattern for its matches."""
+    paths = []
+    for name in names:
+        if Path(name).is_dir():
+            photos, _ = train.find_photos(Path(name))
+            if not photos:
+                raise InputError(f"--images {name}: there is no photo in this folder")
+            paths += map(str, photos)
+        elif not Path(name).exists():
+            paths += sorted(glob.glob(name)) or [name]  # Windows leaves patterns to the program.
+        else:
+            paths.append(name)
+    return paths
 
 
 def name_images(args: argparse.Namespace, model, classes: list[str], autocast):
@@ -345,14 +382,19 @@ def name_images(args: argparse.Namespace, model, classes: list[str], autocast):
 
     Raises InputError at the end, naming the files that could not be read.
     """
+    paths = find_images(args.images)
+    figure_path = args.output_dir / "gradcam_images.png"
+    figure_path.unlink(missing_ok=True)  # An older one is not of these photos.
     cells = []
     unreadable = []
-    for path in args.images:
+    for path in paths:
         try:
-            if not path.is_file():
+            if "://" in path:
+                raise ValueError("URLs are not downloaded")
+            if not Path(path).is_file():
                 raise ValueError("no file")
-            photo = train.decode_photo(path.read_bytes())
-        except Exception as error:  # Each of Pillow's decoders raises its own.
+            photo = train.decode_photo(Path(path).read_bytes())
+        except (ValueError, RuntimeError, OSError) as error:
             unreadable.append(f"{path} ({train.reason(error)})")
             continue
         views = crop_views(photo, args.resolution, args.tta)
@@ -362,70 +404,94 @@ def name_images(args: argparse.Namespace, model, classes: list[str], autocast):
         for share, index in zip(confidence, likeliest, strict=True):
             print(f"{share:>9.2%}  {classes[index]}")
         guess = int(likeliest[0])
-        printable = path.name.encode(errors="replace").decode()
+        printable = Path(path).name.encode(errors="replace").decode()
         title = f"{printable[-60:]}\n{classes[guess]}, {confidence[0]:.2%}"
-        cells.append({"crop": views[0], "class": guess, "title": title, "color": "black"})
+        cells.append(Cell(views[0], guess, title, color="black"))
     shown = cells[: args.num_gradcam]
     if shown:
-        draw_grad_cam(args.output_dir / "gradcam_images.png", shown, model, args.batch_size)
+        use_fonts_for("".join(cell.title for cell in shown))
+        draw_grad_cam(figure_path, shown, model, args.batch_size)
     if unreadable:
         names = "; ".join(unreadable)
-        raise InputError(f"{len(unreadable)} of {len(args.images)} photos cannot be read: {names}")
+        raise InputError(f"{len(unreadable)} of {len(paths)} photos cannot be read: {names}")
 
 
-def load_test_photos(args: argparse.Namespace, checkpoint: dict):
-    """The test split and its class names. Raises InputError where they are not the checkpoint's."""
-    photos = train.load_cars(args.dataset, ("test",))["test"]
-    classes = photos.features["label"].names
+def load_test_split(args: argparse.Namespace, checkpoint: dict):
+    """The test split, its labels in the order of the checkpoint's classes."""
+    named = checkpoint.get("classes")
+    test = train.load_cars(args.dataset, ("test",), named)["test"]
+    classes = test.features["label"].names
     num_classes = len(checkpoint["model"]["fc.bias"])
-    if len(classes) != num_classes or checkpoint.get("classes", classes) != classes:
-        advice = f"name the data set that {args.checkpoint} was trained on"
-        raise InputError(f"--dataset {args.dataset} has other classes: {advice}")
-    print(f"test        {args.dataset}: {len(photos)} photos, {num_classes} classes")
-    return photos, classes
+    if len(classes) != num_classes:
+        raise InputError(
+            f"{args.checkpoint} has {num_classes} classes, and --dataset {args.dataset} "
+            f"{len(classes)}: name the data set that it was trained on"
+        )
+    print(f"test        {args.dataset}: {len(test)} photos, {num_classes} classes")
+    if named is None:
+        print(f"            {args.checkpoint} names no classes: those of the data set are assumed,")
+        print("            in its order; in another order, all that follows is wrong")
+    return test
 
 
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
+    if train.WORLD_SIZE > 1:
+        raise InputError("eval.py runs as one process: start it without torchrun (WORLD_SIZE)")
     train.make_output_dir(args.output_dir)
     checkpoint = train.read_checkpoint(args.checkpoint)
+    if "fc.bias" not in checkpoint["model"]:
+        raise InputError(
+            f"{args.checkpoint} has no fc: it is a backbone, to be trained with --weights"
+        )
     trained_at = checkpoint.get("resolution", 224)
     args.resolution = args.resolution or trained_at
     epoch = checkpoint.get("epoch", "unknown")
     print(f"checkpoint  {args.checkpoint} (epoch {epoch}, {trained_at} px)", end="")
     print(f"; evaluated at {args.resolution} px")
-    model, autocast = load_model(args, checkpoint)
+    if args.resolution == 32 and args.num_gradcam:
+        print("            no GradCAM: at 32 px, its map would be a single pixel")
+        args.num_gradcam = 0
+    train.start_process()
+    precision = train.pick_precision(args.amp)
+    autocast = train.autocast_to(precision)
+    print(f"device      {train.DEVICE.type}, {precision}")
+    model = load_model(checkpoint)
     if args.images:
         num_classes = len(checkpoint["model"]["fc.bias"])
         numbered = [f"class {index}" for index in range(num_classes)]
-        return name_images(args, model, checkpoint.get("classes", numbered), autocast)
+        name_images(args, model, checkpoint.get("classes", numbered), autocast)
+        return
 
     settings = checkpoint.get("settings", {})
     args.dataset = args.dataset or settings.get("dataset", train.DEFAULT_DATASET)
-    photos, classes = load_test_photos(args, checkpoint)
+    test = load_test_split(args, checkpoint)
+    classes = test.features["label"].names
     views = functools.partial(crop_views, tta=args.tta)
-    cars = CarPhotos(photos, views, args.resolution)
-    single, mean = predict_all(model, cars, args, autocast)
-    labels = torch.tensor(photos["label"])
-    metrics = report(single, mean, labels, classes, args.tta)
-    write_metrics(metrics, args)  # Before the figures: if one fails, the numbers are there.
+    photos = CarPhotos({"test": test}, {"test": views}, args.resolution)
+    single, mean = predict_all(model, photos, args, autocast)
+    labels = torch.tensor(test["label"])
+    metrics = compute_metrics(single, mean, labels, classes, args.tta)
+    print_metrics(metrics)
 
-    figure = plot_confusion(count_confusion(single, labels), classes)
-    save_figure(figure, args.output_dir / "confusion_matrix.png")
+    names = ("confusion_matrix.png", "gradcam_samples.png", "gradcam_worst.png")
+    figures = [args.output_dir / name for name in names]
+    for path in figures:
+        path.unlink(missing_ok=True)  # An older evaluation's figure is not this one's.
+    write_metrics(metrics, args)  # Before the figures: if one fails, the numbers are there.
+    use_fonts_for("".join(classes))
+    save_figure(plot_confusion(count_confusion(single, labels), classes), figures[0])
     if args.num_gradcam == 0:
         return
     random = np.random.default_rng(args.seed)
-    samples = random.permutation(len(photos))[: args.num_gradcam].tolist()
+    samples = random.permutation(len(test))[: args.num_gradcam].tolist()
     errors = choose_errors(single, labels, metrics["per_class"], random)
-    figures = {"gradcam_samples.png": samples, "gradcam_worst.png": errors}
-    for name, rows in figures.items():
-        path = args.output_dir / name
-        cells = [photo_cell(row, cars, single, classes) for row in rows]
+    for path, rows in zip(figures[1:], (samples, errors), strict=True):
+        cells = [test_cell(row, photos, single, classes) for row in rows]
         if cells:
             draw_grad_cam(path, cells, model, args.batch_size)
         else:
-            path.unlink(missing_ok=True)  # An older evaluation's figure is not this one's.
-            print(f"no photo is misclassified: no {name}")
+            print(f"no photo is misclassified: no {path.name}")
 
 
 if __name__ == "__main__":

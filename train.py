@@ -25,6 +25,7 @@ import io
 import itertools
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -32,130 +33,170 @@ import socket
 import sys
 import tempfile
 import time
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Listener
 from pathlib import Path
 
-# Set before matplotlib is imported: no window is opened, and a notebook's backend may be missing.
-os.environ["MPLBACKEND"] = "agg"
 if __name__ == "__main__":
-    # Ctrl-C ends the process at once, which loses nothing. As an exception it can get lost in a
-    # destructor, and draws tracebacks from imports, threads and workers.
-    signal.signal(signal.SIGINT, lambda signal_number, frame: os._exit(130))
+    # Ctrl-C ends the process at once, as a kill does, and every file survives a kill. Python's
+    # KeyboardInterrupt could get lost in a destructor, and draws tracebacks from many places.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import datasets
 import filelock
 import numpy as np
+import PIL.Image
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from datasets.info import DatasetInfosDict
 from huggingface_hub import snapshot_download
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from torchvision.datasets import ImageFolder
+from torchcodec.decoders import decode_image
 from torchvision.models import ResNet50_Weights, resnet50
-from torchvision.transforms import v2
+from torchvision.transforms import RandomResizedCrop, v2
 from tqdm import tqdm
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of red, green and blue in 0…1
 IMAGENET_STD = (0.229, 0.224, 0.225)
+PRETRAINED = ResNet50_Weights.__members__
 DEFAULT_DATASET = "tanganke/stanford_cars"
 DATASET_REVISION = "9abf6cf7d6dfa7b95152a0d6e791ea9435b47a40"
-PRETRAINED = ResNet50_Weights.__members__
-# Bytes of test crops that stay in memory: at 224 px the whole test split takes 1.2 GB.
-CACHED_CROPS_LIMIT = 2e9
+# What torchcodec reads.
+PHOTO_SUFFIXES = ".jpg .jpeg .jfif .png .webp .gif .avif .heic .heif".split()
+MAX_MEGAPIXELS = 256  # Decoded, they take 768 MB in each worker; phones take 200 megapixels.
+PIL.Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is below these phones'.
+WORKER_TIMEOUT = 600  # seconds without a batch, after which a run ends and does not wait for ever
+# What a checkpoint may hold beside tensors: torchvision's references and timm keep their flags,
+# and many programs a numpy scalar, which names its function as numpy 2 or as numpy 1 does.
+PLAIN_TYPES = [
+    argparse.Namespace,
+    np._core.multiarray.scalar,
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    np.dtype,
+    *[type(np.dtype(code)) for code in "?ilfd"],
+]
 
 # torchrun sets these variables for each process that it starts.
 RANK = int(os.environ.get("RANK", 0))
-PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-LOCAL_PROCESSES = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+DEVICE = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
 # macOS and Windows do not tell which cores a process may use.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-WORKERS = max(1, min(16, CORES // LOCAL_PROCESSES))
+DEFAULT_WORKERS = max(1, min(16, CORES // LOCAL_WORLD_SIZE))
 
+# What a run writes to its output folder.
+RUN_FILES = ("last_checkpoint.pth", "best_model.pth", "history.csv", "training_curves.png")
 # These settings decide the result: a run and its resumption have to agree in them.
-RECIPE = ("resolution", "batch_size", "lr", "momentum", "weight_decay", "step_size", "epochs")
-SETTINGS = (*RECIPE, "weights", "seed", "amp")
+FIXED_SETTINGS = "weights resolution batch_size lr momentum weight_decay step_size seed amp".split()
 
 
 class InputError(Exception):
     """What the user can put right: the command ends with this one line and exit status 1."""
 
 
+def one_line(error: BaseException) -> str:
+    """What `error` says, on one line; where a worker raised it, without the worker's traceback."""
+    text = str(error).strip()
+    if "Original Traceback" in text:
+        text = text.splitlines()[-1].partition(": ")[2]
+    # torchcodec begins with the place in its source: decode_rows, DecodeJpeg.cpp:287, …
+    text = re.sub(r"^\w+, \S+\.cpp:\d+, ", "", text)
+    text = " ".join(text.split())
+    return "".join(character for character in text if character.isprintable())
+
+
 def reason(error: BaseException) -> str:
-    """What `error` says, on one line of at most 200 characters."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """What `error` says, in at most 200 characters."""
+    return one_line(error)[:200] or type(error).__name__
 
 
 @contextlib.contextmanager
-def reported_as(message: str):
-    """Turn any error inside into an InputError: `message`, and the reason behind it.
+def reported_as(message: str, *types: type):
+    """Turn an error of `types` into an InputError: `message`, and the reason.
 
-    The libraries under this program raise dozens of types for damaged files and lost networks.
+    Without `types` it is an error of a file, of a network or of data; mistakes in this code raise
+    others, as NameError and KeyError, and keep their traceback.
     """
+    types = types or (OSError, ValueError, RuntimeError)
     try:
         yield
-    except InputError:
+    except (InputError, BrokenPipeError):
         raise
-    except Exception as error:
+    except types as error:
         # datasets raises an error that says little, and gives the reason as its cause.
         raise InputError(f"{message}: {reason(error.__cause__ or error)}") from error
+
+
+def say(text: str):
+    """Print `text`, above the progress bar, in the first process."""
+    if RANK == 0:
+        tqdm.write(text)
 
 
 # ---------------------------------------------------------------- data
 
 
-def load_cars(dataset: str, splits: tuple = ("train", "test")) -> dict[str, datasets.Dataset]:
+def load_cars(
+    dataset: str, splits: tuple = ("train", "test"), classes: list[str] | None = None
+) -> dict[str, datasets.Dataset]:
     """Load `splits`, and nothing else, of a Hub data set or of a local folder.
 
-    Each split has the columns `image` (still encoded) and `label` (a ClassLabel). Raises
-    InputError where a split cannot be had, or where the splits differ in their classes.
+    Each split has the columns `image` (still encoded) and `label` (a ClassLabel). Labels count in
+    `classes` or, where these are not given, in those of the first split. Raises InputError where a
+    split cannot be had, or where its classes are others.
     """
     datasets.disable_progress_bars()
-    cars = {split: load_split(dataset, split) for split in splits}
-    classes = [photos.features["label"].names for photos in cars.values()]
-    if classes[0] != classes[-1]:
-        differing = sorted(set(classes[0]) ^ set(classes[-1]))[:5]
-        raise InputError(f"the splits of --dataset {dataset} differ in their classes: {differing}")
+    cars = {}
+    for split in splits:
+        with reported_as(f"cannot load the {split} split of --dataset {dataset}"):
+            loaded = load_split(dataset, split)
+            classes = classes or loaded.features["label"].names
+            cars[split] = label_by_name(loaded, classes)
     return cars
 
 
 def load_split(dataset: str, split: str) -> datasets.Dataset:
-    with reported_as(f"cannot load the {split} split of --dataset {dataset}"):
-        if Path(dataset).is_dir():
-            photos = read_folder(Path(dataset).resolve(), split)
-        elif dataset == DEFAULT_DATASET:
-            # Named, because the repository also holds seven corrupted copies of the test split.
-            files = ["README.md", f"data/{split}-*"]
-            folder = snapshot_download(
-                dataset, repo_type="dataset", revision=DATASET_REVISION, allow_patterns=files
-            )
-            photos = read_folder(Path(folder), split)
-        else:
-            photos = datasets.load_dataset(dataset, split=split)
+    """The split with its own labels. Raises ValueError where it is no set of labelled photos."""
+    if Path(dataset).is_dir():
+        loaded = read_folder(Path(dataset).resolve(), split)
+    elif dataset == DEFAULT_DATASET:
+        # Named, because the repository also holds seven corrupted copies of the test split.
+        files = ["README.md", f"data/{split}-*"]
+        folder = snapshot_download(
+            dataset, repo_type="dataset", revision=DATASET_REVISION, allow_patterns=files
+        )
+        with reported_as(f"the Hub's files in {folder} are not whole, and it is out of reach"):
+            loaded = read_folder(Path(folder), split)
+    else:
+        say(f"there is no folder {dataset}: looking for such a data set on the Hub")
+        message = f"--dataset {dataset} is no folder, and cannot be had from the Hub"
+        with reported_as(message, Exception):
+            loaded = datasets.load_dataset(dataset, split=split)
 
-        columns = {name: type(feature).__name__ for name, feature in photos.features.items()}
-        labelled = columns.get("image") == "Image" and columns.get("label") == "ClassLabel"
-        if not labelled or not len(photos):
-            required = "photos with the columns 'image' (Image) and 'label' (ClassLabel)"
-            raise ValueError(f"it needs {required}, and has {len(photos)} with {columns}")
-        classes = range(photos.features["label"].num_classes)
-        for row, label in enumerate(photos["label"]):
-            if label not in classes:
-                raise ValueError(f"row {row} has label {label}, which is no class")
-    return photos.cast_column("image", datasets.Image(decode=False))
+    columns = {name: type(feature).__name__ for name, feature in loaded.features.items()}
+    if columns.get("image") != "Image" or columns.get("label") != "ClassLabel":
+        required = "the columns 'image' (Image) and 'label' (ClassLabel)"
+        raise ValueError(f"it needs {required}, and has {columns}")
+    if len(loaded) == 0:
+        raise ValueError("it has no photos")
+    labels = range(loaded.features["label"].num_classes)
+    for row, label in enumerate(loaded["label"]):
+        if label not in labels:
+            raise ValueError(f"row {row} has label {label}, which is no class")
+    return loaded.cast_column("image", datasets.Image(decode=False))
 
 
 def read_folder(folder: Path, split: str) -> datasets.Dataset:
     """Read SPLIT/CLASS/*.jpg or, as on the Hub, data/SPLIT-*.parquet of a folder."""
     if (folder / split).is_dir():
-        images = ImageFolder(folder / split)
-        label = datasets.ClassLabel(names=images.classes)
-        features = datasets.Features({"image": datasets.Image(), "label": label})
-        columns = {"image": [path for path, _ in images.samples], "label": images.targets}
-        return datasets.Dataset.from_dict(columns, features=features, split=split)
+        return read_class_folders(folder / split)
 
     files = sorted((folder / "data").glob(f"{split}-*.parquet"))
     if not files:
@@ -167,180 +208,331 @@ def read_folder(folder: Path, split: str) -> datasets.Dataset:
     # They are escaped, because datasets takes every name for a pattern.
     patterns = [glob.escape(str(file)) for file in files]
     names = ", ".join(file.name for file in files)
-    with reported_as(f"cannot load the {split} split from {names} in {folder / 'data'}"):
-        return datasets.load_dataset(str(folder), data_files={split: patterns}, split=split)
+    cache = f"HF_DATASETS_CACHE={datasets.config.HF_DATASETS_CACHE}"
+    message = f"cannot read {names} in {folder / 'data'}, or write to {cache}"
+    with reported_as(message, Exception):
+        # pandas and others write no features into a file: then those of README.md count.
+        described = list(DatasetInfosDict.from_directory(str(folder)).values())
+        features = described[0].features if len(described) == 1 else None
+        return datasets.load_dataset(
+            str(folder), data_files={split: patterns}, features=features, split=split
+        )
+
+
+def find_photos(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The photos in and below `folder`, by their names, and the other files; both are sorted.
+
+    What notebooks (.ipynb_checkpoints), Macs (._x.jpg) and network disks (@eaDir) add is neither.
+    """
+    files = []
+
+    def fail(error: OSError):
+        raise error
+
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith((".", "@eaDir"))]
+        files += [Path(parent, name) for name in names if not name.startswith(".")]
+    photos = [path for path in files if path.suffix.lower() in PHOTO_SUFFIXES]
+    return sorted(photos), sorted(set(files) - set(photos))
+
+
+def read_class_folders(folder: Path) -> datasets.Dataset:
+    """The photos of `folder`, each in or below the folder of its class."""
+    photos, left_out = find_photos(folder)
+    left_out += [path for path in photos if path.parent == folder]
+    photos = [path for path in photos if path.parent != folder]
+    if left_out:
+        counted = f"{len(left_out)} files in {folder}, such as {left_out[0]}"
+        say(f"left out  {counted}: photos are CLASS/* with {' '.join(PHOTO_SUFFIXES)}")
+    for path in photos:
+        if str(path).encode(errors="replace").decode() != str(path):
+            raise ValueError(f"{str(path)!a} is not named in UTF-8: rename it")
+    class_of = [path.relative_to(folder).parts[0] for path in photos]
+    classes = sorted(set(class_of))
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=classes)}
+    )
+    columns = {
+        "image": [str(path) for path in photos],
+        "label": [classes.index(name) for name in class_of],
+    }
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def label_by_name(loaded: datasets.Dataset, classes: list[str]) -> datasets.Dataset:
+    """`loaded` with labels that count in `classes`, where its own have the same names.
+
+    They may stand in another order: folders are sorted, and the Hub's are not.
+    """
+    # macOS stores the names of files with accents as characters of their own (NFD).
+    own = [unicodedata.normalize("NFC", name) for name in loaded.features["label"].names]
+    expected = [unicodedata.normalize("NFC", name) for name in classes]
+    if set(own) != set(expected):
+        only_here = sorted(set(own) - set(expected))[:3]
+        missing = sorted(set(expected) - set(own))[:3]
+        raise ValueError(
+            f"it has {len(own)} classes, and the checkpoint or train split {len(expected)}; "
+            f"only here: {only_here}, missing: {missing}"
+        )
+    if own == expected:
+        return loaded
+    labels = [expected.index(own[label]) for label in loaded["label"]]
+    feature = datasets.ClassLabel(names=classes)
+    return loaded.remove_columns("label").add_column("label", labels, feature=feature)
 
 
 def decode_photo(encoded: bytes) -> torch.Tensor:
     """Decode an image file to upright RGB: (3, H, W) uint8, with the channels last in memory.
 
-    Raises what Pillow raises where it is no photo, and ValueError where it is a thin line.
+    Of an animation, it is the first frame. Raises ValueError for what is no photo or would fill
+    the memory, and RuntimeError for a damaged one.
     """
-    # The formats are listed, since Pillow would hand an EPS file to Ghostscript.
-    formats = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-    with Image.open(io.BytesIO(encoded), formats=formats) as file:
-        if max(file.size) > 50 * min(file.size):  # Resizing it would fill the memory.
-            raise ValueError(f"{file.width} × {file.height} pixels are no photo")
-        photo = ImageOps.exif_transpose(file)
-    if photo.mode.startswith("I;16"):
-        # Pillow's own conversion of 16 bits would clip them to white.
-        photo = Image.fromarray((np.asarray(photo) // 257).astype(np.uint8))
-    if photo.mode == "P":
-        # Without RGBA in between, Pillow warns that the palette's transparency is lost.
-        photo = photo.convert("RGBA")
-    return v2.functional.pil_to_tensor(photo.convert("RGB"))
+    # Pillow reads no more than the header here. HEIC, which it does not know, has libheif's limits.
+    with contextlib.suppress(PIL.UnidentifiedImageError):
+        with PIL.Image.open(io.BytesIO(encoded)) as header:
+            width, height = header.size
+        if width * height > MAX_MEGAPIXELS * 1e6:
+            megapixels = f"{width * height / 1e6:.0f} megapixels"
+            raise ValueError(f"it has {megapixels}, and {MAX_MEGAPIXELS} are the limit")
+        if max(width, height) > 50 * min(width, height):
+            # Resized by its shorter side, it would fill the memory.
+            raise ValueError(f"{width} × {height} pixels are no photo")
+    try:
+        decoded = decode_image(encoded)
+    except ValueError:
+        raise ValueError("it is no JPEG, PNG, WebP, GIF, AVIF or HEIC file") from None
+    if decoded.ndim == 4:
+        return decoded[0]
+    return decoded
 
 
 def random_crop(photo: torch.Tensor, resolution: int) -> torch.Tensor:
-    """Train crop of (3, H, W) uint8: (R, R, 3) uint8, mirrored or not."""
-    crop = v2.RandomResizedCrop(resolution, antialias=True)(photo)
-    return v2.RandomHorizontalFlip()(crop).movedim(0, -1)
+    """Train crop of (3, H, W) uint8: contiguous (R, R, 3) uint8, mirrored or not.
 
-
-def center_crop(photo: torch.Tensor, resolution: int, side_at_224: int = 256) -> torch.Tensor:
-    """Test crop of (3, H, W) uint8: (R, R, 3) uint8.
-
-    The shorter side is resized to int(R · side_at_224 / 224), then the centre is taken.
+    In draws and pixels it is torchvision's RandomResizedCrop and RandomHorizontalFlip.
     """
-    shorter_side = int(resolution * side_at_224 / 224)
+    place = RandomResizedCrop.get_params(photo, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
+    # Copied before it is resized: of a part of a photo, torch would copy the result instead.
+    cut_out = v2.functional.crop(photo, *place).movedim(0, -1).contiguous()
+    size = [resolution, resolution]
+    resized = v2.functional.resize(cut_out.movedim(-1, 0), size, antialias=True)
+    if torch.rand(1) < 0.5:
+        resized = resized.flip(-1)
+    return resized.movedim(0, -1)
+
+
+def center_crop(photo: torch.Tensor, resolution: int, side_for_224: int = 256) -> torch.Tensor:
+    """Test crop of (3, H, W) uint8: contiguous (R, R, 3) uint8.
+
+    The shorter side is resized to int(R · side_for_224 / 224), which at 224 px is the recipe's
+    256, and the centre is taken.
+    """
+    shorter_side = int(resolution * side_for_224 / 224)
     resized = v2.functional.resize(photo, [shorter_side], antialias=True)
-    return v2.functional.center_crop(resized, [resolution]).movedim(0, -1)
+    return v2.functional.center_crop(resized, [resolution]).movedim(0, -1).contiguous()
 
 
 class CarPhotos(torch.utils.data.Dataset):
-    """The photos of one split. An item, asked for as (epoch, row), is a crop and its label.
+    """The photos of all splits. An item, asked for as (split, epoch, row), is a crop and its label.
 
-    `crop` turns (3, H, W) uint8 and R into (…, R, R, 3) uint8. What it draws at random is a
-    function of (seed, epoch, row) alone, so that neither the number of workers nor a stop and
-    resumption changes it. Raises InputError, naming split and row, for a damaged photo.
+    The split's function of `crops` turns (3, H, W) uint8 and R into (…, R, R, 3) uint8. What it
+    draws at random is a function of (seed, epoch, row) alone, so that neither the number of workers
+    nor a stop and resumption changes it. Raises InputError, naming the photo, for a damaged one.
     """
 
-    def __init__(self, photos: datasets.Dataset, crop: Callable, resolution: int, seed: int = 0):
-        self.photos = photos
-        self.crop = crop
+    def __init__(self, cars: dict, crops: dict[str, Callable], resolution: int, seed: int = 0):
+        self.cars = cars
+        self.crops = crops
         self.resolution = resolution
         self.seed = seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
-        epoch, row = key
-        with reported_as(f"the {self.photos.split} photo in row {row} cannot be decoded"):
-            photo = self.photos[row]
-            encoded = photo["image"]["bytes"]
+    def __getitem__(self, key: tuple[str, int, int]) -> tuple[torch.Tensor, int]:
+        split, epoch, row = key
+        item = self.cars[split][row]
+        image = item["image"]
+        if image is None:
+            raise InputError(f"the {split} photo in row {row} is missing")
+        name = image["path"] or f"in row {row}"
+        with reported_as(f"the {split} photo {name} cannot be decoded"):
+            encoded = image["bytes"]
             if encoded is None:
-                encoded = Path(photo["image"]["path"]).read_bytes()
-            pixels = decode_photo(encoded)
+                encoded = Path(image["path"]).read_bytes()
+            photo = decode_photo(encoded)
         crop_seed = np.random.SeedSequence([self.seed, epoch, row]).generate_state(1)[0]
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):  # Without workers, it is the program's own.
+            # torch.manual_seed would go through all kinds of devices, which takes 0.1 ms.
             torch.default_generator.manual_seed(int(crop_seed))
-            return self.crop(pixels, self.resolution), photo["label"]
+            return self.crops[split](photo, self.resolution), item["label"]
 
 
-def split_into_batches(rows, batch_size: int, epoch: int = 0) -> Iterator[list]:
-    """Yield the (epoch, row) keys of each batch of `rows`, as far as they fall to this process."""
-    for start in range(0, len(rows), batch_size):
-        own_rows = rows[start : start + batch_size][RANK::PROCESSES]
-        if own_rows:
-            yield [(epoch, row) for row in own_rows]
+def train_batch_sizes(num_photos: int, batch_size: int) -> list[int]:
+    """How many photos each batch of an epoch has, over all processes.
+
+    A last batch of less than an eighth of the others is left out: the batch norm statistics of a
+    few photos would take a whole step, and a tenth of the running ones, before each evaluation.
+    Raises InputError where the processes cannot share the batches.
+    """
+    if batch_size % WORLD_SIZE or min(batch_size, num_photos) < 2 * WORLD_SIZE:
+        raise InputError(
+            f"--batch-size {batch_size} of {num_photos} train photos does not fit {WORLD_SIZE} "
+            "processes: it has to be a multiple of that number, with two photos or more for each"
+        )
+    batch_size = min(batch_size, num_photos)
+    full_batches, last_batch = divmod(num_photos, batch_size)
+    sizes = [batch_size] * full_batches
+    if last_batch >= max(batch_size / 8, 2 * WORLD_SIZE):
+        sizes.append(last_batch)
+    return sizes
 
 
-def shuffled_batches(count: int, batch_size: int, epochs: Iterable[int], seed: int) -> Iterator:
-    """Yield batches of keys, epoch after epoch, in an order that (seed, epoch) draws.
+def train_batches(num_photos: int, batch_sizes: list[int], epoch: int, seed: int) -> Iterator[list]:
+    """Yield the keys of each batch of `epoch`, as far as they fall to this process."""
+    order = np.random.default_rng([seed, epoch]).permutation(num_photos).tolist()
+    start = 0
+    for batch_size in batch_sizes:
+        rows = order[start : start + batch_size]
+        yield [("train", epoch, row) for row in rows[RANK::WORLD_SIZE]]
+        start += batch_size
 
-    One sampler for all epochs lets the workers begin the next one during the evaluation.
+
+def test_batches(num_photos: int, batch_size: int) -> list[list]:
+    """The keys of each test batch of this process; no photo counts twice."""
+    own_keys = [("test", 0, row) for row in range(RANK, num_photos, WORLD_SIZE)]
+    own_size = math.ceil(batch_size / WORLD_SIZE)
+    return [own_keys[start : start + own_size] for start in range(0, len(own_keys), own_size)]
+
+
+def all_batches(num_train, batch_sizes, own_test_batches, epochs, seed) -> Iterator[list]:
+    """Yield the keys of the run's batches, in the order of its steps and evaluations.
+
+    One sampler for all of it lets the workers begin with what comes next while the device works.
     """
     for epoch in epochs:
-        rows = np.random.default_rng([seed, epoch]).permutation(count).tolist()
-        yield from split_into_batches(rows, batch_size, epoch)
+        yield from train_batches(num_train, batch_sizes, epoch, seed)
+        yield from own_test_batches
 
 
 def start_worker(worker: int):
-    """Leave Ctrl-C to the main process, and end without a word."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """End at Ctrl-C and with the main process, without a word."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda signal_number, frame: os._exit(0))
     # The thread that hands batches over would print a traceback once the main process has ended.
     sys.excepthook = lambda *error: None
 
 
-def make_loader(photos: CarPhotos, batches: Iterable, workers: int, pin: bool) -> DataLoader:
-    """Load `batches` of keys as (B, …, R, R, 3) uint8 crops and (B,) int64 labels."""
+def make_loader(photos: CarPhotos, batches: Iterable[list], workers: int) -> DataLoader:
+    """Load `batches` of keys, once, as (B, …, R, R, 3) uint8 crops and (B,) int64 labels."""
+    if workers:
+        temporary = tempfile.gettempdir()
+        with reported_as(f"set a shorter TMPDIR than {temporary} for the workers' sockets"):
+            Listener().close()
     return DataLoader(
         photos,
         batch_sampler=batches,
         num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=pin,
+        pin_memory=DEVICE.type == "cuda",
         worker_init_fn=start_worker,
+        timeout=WORKER_TIMEOUT if workers else 0,
     )
 
 
-def load_test_batches(photos: datasets.Dataset, args: argparse.Namespace, pin: bool) -> Iterable:
-    """This process's test crops, to go over in each epoch: a list, or a loader if they are large.
-
-    Test crops never change, so that they are decoded once where memory is not short.
-    """
-    batches = list(split_into_batches(range(len(photos)), args.batch_size))
-    crops = CarPhotos(photos, center_crop, args.resolution)
-    if len(photos) * 3 * args.resolution**2 > CACHED_CROPS_LIMIT:
-        return make_loader(crops, batches, args.workers, pin)
-    loader = make_loader(crops, batches, args.workers, pin=False)
-    # Cloned, because what a worker hands over takes shared memory, and containers have little.
-    return [(images.clone(), targets.clone()) for images, targets in loader]
-
-
 @functools.cache  # A copy to the GPU in each step would make the CPU wait for it.
-def imagenet_statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of RGB in 0…255: each (3, 1, 1) float32 on `device`."""
-    mean_and_std = 255 * torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device)
+def imagenet_statistics() -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of RGB in 0…255: each (3, 1, 1) float32 on DEVICE."""
+    mean_and_std = 255 * torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=DEVICE)
     return mean_and_std.view(2, 3, 1, 1).unbind()
 
 
-def normalize(images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Move (B, R, R, 3) uint8 to `device`: (B, 3, R, R) float32, normalised, channels_last."""
-    mean, std = imagenet_statistics(device)
-    channels_first = images.to(device, non_blocking=True).movedim(-1, -3)
+def move_and_normalize(images: torch.Tensor) -> torch.Tensor:
+    """Move (B, R, R, 3) uint8 to DEVICE: (B, 3, R, R) float32, normalised, channels_last."""
+    mean, std = imagenet_statistics()
+    channels_first = images.to(DEVICE, non_blocking=True).movedim(-1, -3)
     return channels_first.sub(mean).div_(std)
 
 
 # ---------------------------------------------------------------- model
 
 
-def pick_precision(device: torch.device, amp: bool) -> torch.dtype:
+def pick_precision(amp: bool) -> torch.dtype:
     """The dtype for autocast: float16 on CUDA, bfloat16 on a CPU that has it, else float32."""
     if not amp:
         return torch.float32
-    if device.type == "cuda":
+    if DEVICE.type == "cuda":
         return torch.float16
-    # Private names, because torch 2.10 has no public ones for this.
+    # Private names, because torch has no public ones for this.
     if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
         return torch.bfloat16
     return torch.float32
 
 
+def autocast_to(precision: torch.dtype) -> torch.autocast:
+    """Mixed precision with `precision`; none with float32."""
+    return torch.autocast(DEVICE.type, precision, enabled=precision != torch.float32)
+
+
+def load_file(path: Path) -> object:
+    """Read what torch.save wrote, onto the CPU. No code that the file may hold is run."""
+    with reported_as(f"{path} is missing, damaged, or no file of torch.save", Exception):
+        try:
+            with torch.serialization.safe_globals(PLAIN_TYPES):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            # torch's own message is long, and advises options that this program does not have.
+            refused = re.search(r"GLOBAL (\S+)", str(error))
+            if refused is None:
+                raise ValueError("it cannot be unpickled") from None
+            raise InputError(
+                f"{path} holds a {refused[1]}, and only tensors and plain values are read"
+            ) from None
+
+
 def read_checkpoint(path: Path) -> dict:
     """Read a checkpoint, or a bare state dict, of a ResNet-50 onto the CPU.
 
-    No code that the file may hold is run. Returns a dict whose `model` is the state dict, without
-    the prefixes of torch.compile and DistributedDataParallel. Raises InputError where the weights,
-    or what stands beside them, cannot be of a ResNet-50 that train.py trained.
+    Returns a dict whose `model` is the state dict, without the prefixes of torch.compile and
+    DistributedDataParallel; fc may be missing. Raises InputError where the weights, or what stands
+    beside them, cannot be of a ResNet-50.
     """
-    fields = {"classes": list, "resolution": int, "epoch": int, "settings": dict, "history": list}
-    with reported_as(f"{path} is missing, damaged, or of another architecture than ResNet-50"):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = load_file(path)
+    with reported_as(f"{path} holds no ResNet-50"):
+        if not isinstance(checkpoint, dict):
+            raise ValueError(f"it is a {type(checkpoint).__name__}, and no dict")
         if "model" not in checkpoint:
             checkpoint = {"model": checkpoint.get("state_dict", checkpoint)}
+        if not isinstance(checkpoint["model"], dict):
+            raise ValueError(f"its model is a {type(checkpoint['model']).__name__}, and no dict")
         prefix = re.compile(r"^((_orig_mod|module)\.)+")
-        state = {prefix.sub("", name): value for name, value in checkpoint["model"].items()}
-        num_classes = len(state.get("fc.bias", [None]))  # load_state_dict says if it is missing.
+        state = {prefix.sub("", str(name)): value for name, value in checkpoint["model"].items()}
+
+        num_classes = 1000
+        bias = state.get("fc.bias")
+        if isinstance(bias, torch.Tensor) and bias.ndim == 1:
+            num_classes = len(bias)
+        # On the meta device the network has shapes and no weights: assign=True gives it the file's.
         with torch.device("meta"):
             model = resnet50(num_classes=num_classes)
-        model.load_state_dict(state, assign=True)
-        checkpoint["model"] = model.state_dict()
-        if not all(value.isfinite().all() for value in checkpoint["model"].values()):
+        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+        if missing not in ([], ["fc.weight", "fc.bias"]) or unexpected:
+            raise ValueError(f"it lacks {missing[:3]}, and has {unexpected[:3]}")
+        if not all(value.isfinite().all() for value in state.values()):
             raise ValueError("it holds weights that are not finite")
+        # What is meta still is an fc that the file lacks.
+        checkpoint["model"] = {
+            name: value for name, value in model.state_dict().items() if not value.is_meta
+        }
+
+        fields = {
+            "classes": list,
+            "resolution": int,
+            "epoch": int,
+            "settings": dict,
+            "history": list,
+        }
         for name, field_type in fields.items():
             if not isinstance(checkpoint.get(name, field_type()), field_type):
                 raise ValueError(f"its {name} is no {field_type.__name__}")
-        if len(checkpoint.get("classes", range(num_classes))) != num_classes:
+        classes = checkpoint.get("classes", [""] * num_classes)
+        if [type(name) for name in classes] != [str] * num_classes:
             raise ValueError(f"it names other than the {num_classes} classes of its fc")
         if not 32 <= checkpoint.get("resolution", 224) <= 4096:
             raise ValueError(f"its resolution is {checkpoint['resolution']} px")
@@ -369,8 +561,8 @@ def build_model(weights: str, num_classes: int) -> torch.nn.Module:
     else:
         names = ", ".join(PRETRAINED)
         raise InputError(f"--weights {weights} is neither a file nor one of {names}, none")
-    if weights in PRETRAINED or len(state["fc.bias"]) != num_classes:
-        del state["fc.weight"], state["fc.bias"]
+    if weights in PRETRAINED or len(state.get("fc.bias", ())) != num_classes:
+        state = {name: value for name, value in state.items() if not name.startswith("fc.")}
     model.load_state_dict(state, strict=False)
     return model
 
@@ -393,28 +585,34 @@ def compile_full_batches(network: torch.nn.Module, batch_size: int) -> Callable:
 # ---------------------------------------------------------------- one epoch, one evaluation
 
 
-def train_one_epoch(forward, batches, batch_sizes, device, autocast, optimizer, scaler) -> dict:
+def next_batches(batches: Iterable, count: int, title: str) -> tqdm:
+    """The next `count` of `batches`, with a progress bar in a terminal."""
+    hidden = RANK > 0 or not sys.stderr.isatty()
+    wanted = itertools.islice(batches, count)
+    return tqdm(wanted, desc=title, total=count, leave=False, disable=hidden)
+
+
+def train_one_epoch(forward, batches, batch_sizes, autocast, optimizer, scaler) -> dict:
     """Take a step for each of `batches`: (B, R, R, 3) uint8 crops and (B,) int64 labels.
 
     Under torchrun they are this process's part of batches of `batch_sizes` photos. Returns mean
     loss and accuracy (0…1) over all processes, train photos per second, and the share (0…1) of
-    the time that this process waited for photos.
+    the time that this process waited for photos. On CUDA, where the CPU runs ahead of the GPU,
+    that share is an upper bound: the GPU may still have had work.
     """
-    hidden = True if RANK > 0 else None  # None hides it where standard error is no terminal.
-    bar = tqdm(batches, "train", len(batch_sizes), leave=False, disable=hidden)
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    sums = torch.zeros(2, dtype=torch.float64, device=DEVICE)
     loss_sum, correct = sums  # They are views of `sums`: adding to them adds to it.
     waited = 0.0
     start = time.perf_counter()
     step_end = start
-    for (images, targets), batch_size in zip(bar, batch_sizes, strict=True):
+    for (images, targets), batch_size in zip(batches, batch_sizes, strict=True):
         waited += time.perf_counter() - step_end
-        targets = targets.to(device, non_blocking=True)
+        targets = targets.to(DEVICE, non_blocking=True)
         with autocast:
-            logits = forward(normalize(images, device))
+            logits = forward(move_and_normalize(images))
             batch_loss = F.cross_entropy(logits, targets, reduction="sum")
             # DistributedDataParallel takes the mean over the processes, whatever their shares.
-            loss = batch_loss * PROCESSES / batch_size
+            loss = batch_loss * WORLD_SIZE / batch_size
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -423,107 +621,35 @@ def train_one_epoch(forward, batches, batch_sizes, device, autocast, optimizer, 
         loss_sum += batch_loss.detach()
         correct += (logits.argmax(1) == targets).sum()
         step_end = time.perf_counter()
-    if PROCESSES > 1:
+    if WORLD_SIZE > 1:
         dist.all_reduce(sums)
-    photos = sum(batch_sizes)
-    train_loss, train_accuracy = (sums / photos).tolist()  # Here the CPU waits for the GPU.
+    num_photos = sum(batch_sizes)
+    train_loss, train_accuracy = (sums / num_photos).tolist()  # Here the CPU waits for the GPU.
     seconds = time.perf_counter() - start
     return {
         "train_loss": train_loss,
         "train_accuracy": train_accuracy,
-        "photos_per_second": photos / seconds,
+        "photos_per_second": num_photos / seconds,
         "input_wait": waited / seconds,
     }
 
 
 @torch.no_grad()
-def evaluate(forward, batches, device, autocast) -> dict:
+def evaluate(forward, batches, autocast) -> dict:
     """Mean loss and accuracy (0…1), over all processes, of crops and labels as in training."""
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
-    loss_sum, correct, photos = sums
+    sums = torch.zeros(3, dtype=torch.float64, device=DEVICE)
+    loss_sum, correct, total = sums
     for images, targets in batches:
-        targets = targets.to(device, non_blocking=True)
+        targets = targets.to(DEVICE, non_blocking=True)
         with autocast:
-            logits = forward(normalize(images, device)).float()
+            logits = forward(move_and_normalize(images)).float()
         loss_sum += F.cross_entropy(logits, targets, reduction="sum")
         correct += (logits.argmax(1) == targets).sum()
-        photos += len(targets)
-    if PROCESSES > 1:
+        total += len(targets)
+    if WORLD_SIZE > 1:
         dist.all_reduce(sums)
-    return {"test_loss": (loss_sum / photos).item(), "test_accuracy": (correct / photos).item()}
-
-
-# ---------------------------------------------------------------- what a run writes
-
-
-@contextlib.contextmanager
-def whole_file(path: Path):
-    """Give a name beside `path` to write to, and move it over `path` once it is whole.
-
-    Raises InputError where it cannot be written; `path` is then as it was.
-    """
-    draft = path.with_name(f".partial-{path.name}")
-    free = shutil.disk_usage(path.parent).free / 1e6
-    try:
-        with reported_as(f"cannot write {path} (the old one is whole; {free:.0f} MB are free)"):
-            yield draft
-            os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def make_output_dir(folder: Path):
-    """Make `folder` where it is missing; raises InputError where nothing can be written there."""
-    with reported_as(f"cannot write to --output-dir {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-
-
-def best_epoch(history: list[dict]) -> dict:
-    """The first of the epochs with the best test accuracy."""
-    return max(history, key=lambda row: row["test_accuracy"])
-
-
-def save_run(run: dict, stateful: dict, history: list[dict], output_dir: Path):
-    """Write last_checkpoint.pth, which holds the whole run, and then what follows from it."""
-    states = {name: component.state_dict() for name, component in stateful.items()}
-    # They are stored on the CPU and contiguous, whatever the device and memory format here.
-    for name, value in states["model"].items():
-        states["model"][name] = value.cpu().contiguous()
-    checkpoint = {**run, **states, "epoch": len(history), "history": history}
-    with whole_file(output_dir / "last_checkpoint.pth") as draft:
-        torch.save(checkpoint, draft)
-    best = best_epoch(history)
-    if best is history[-1]:
-        names = ("model", "classes", "resolution", "epoch", "settings")
-        best_model = {name: checkpoint[name] for name in names}
-        best_model["test_accuracy"] = best["test_accuracy"]
-        with whole_file(output_dir / "best_model.pth") as draft:
-            torch.save(best_model, draft)
-    with whole_file(output_dir / "history.csv") as draft, open(draft, "w", newline="") as file:
-        rows = csv.DictWriter(file, history[-1])
-        rows.writeheader()
-        rows.writerows(history)
-    with whole_file(output_dir / "training_curves.png") as draft:
-        plot_history(history).savefig(draft, format="png")
-
-
-def plot_history(history: list[dict]) -> Figure:
-    """Loss and accuracy of both splits by epoch, with a dotted line at each change of lr."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")  # inches
-    epochs = [row["epoch"] for row in history]
-    for axes, measure in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for split in ("train", "test"):
-            values = [row[f"{split}_{measure}"] for row in history]
-            axes.plot(epochs, values, marker=".", label=split)
-        for before, after in itertools.pairwise(history):
-            if before["lr"] != after["lr"]:
-                axes.axvline(after["epoch"] - 0.5, color="grey", linestyle=":")
-        axes.set(xlabel="epoch", ylabel=measure)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    return figure
+    test_loss, test_accuracy = (sums[:2] / total).tolist()
+    return {"test_loss": test_loss, "test_accuracy": test_accuracy}
 
 
 # ---------------------------------------------------------------- command line
@@ -550,7 +676,7 @@ def number(number_type: type, low: float, high: float) -> Callable[[str], float]
 
 
 def parse_args(argv: list[str] | None, settings: dict | None = None) -> argparse.Namespace:
-    """The flags; `settings` of a run to resume take the place of the recipe's defaults."""
+    """The flags; `settings` of a run to resume take the place of the defaults."""
     formatter = argparse.RawDescriptionHelpFormatter
     # fmt: off
     parser = Parser(description=__doc__, formatter_class=formatter)
@@ -562,7 +688,7 @@ def parse_args(argv: list[str] | None, settings: dict | None = None) -> argparse
         help="torchvision weights name, state dict file or none (%(default)s)")
     add("--resolution", type=number(int, 32, 4096), default=224,
         help="side of the crops in pixels (%(default)s)")
-    add("--batch-size", type=number(int, 1, 65536), default=128,
+    add("--batch-size", type=number(int, 2, 65536), default=128,
         help="photos in a step, over all devices (%(default)s)")
     add("--epochs", type=number(int, 1, 100_000), default=90,
         help="passes over the train split (%(default)s)")
@@ -574,15 +700,15 @@ def parse_args(argv: list[str] | None, settings: dict | None = None) -> argparse
         help="epochs after which lr is divided by 10 (%(default)s)")
     add("--seed", type=number(int, 0, 2**32), default=0,
         help="of the new fc, the order of the photos and their crops (%(default)s)")
-    add("--workers", type=number(int, 0, 256), default=WORKERS,
-        help="processes that decode photos, for each split and each GPU (%(default)s)")
+    add("--workers", type=number(int, 0, 256), default=DEFAULT_WORKERS,
+        help="processes that decode photos, for each GPU (%(default)s)")
     add("--output-dir", type=Path, default=".", help="for what the run writes (%(default)s)")
     add("--amp", action=on_or_off, default=True, help="mixed precision, where it is native (on)")
     add("--compile", action=on_or_off, default=torch.cuda.is_available(),
         help="torch.compile (on for CUDA)")
     exclusive = parser.add_mutually_exclusive_group()
     exclusive.add_argument("--resume", action="store_true",
-        help="go on after the last finished epoch, with its settings")
+        help="go on after the last saved epoch, with the run's flags; begin where there is no run")
     exclusive.add_argument("--overwrite", action="store_true",
         help="replace the run that the output folder holds")
     # fmt: on
@@ -596,23 +722,63 @@ def parse_args(argv: list[str] | None, settings: dict | None = None) -> argparse
     return args
 
 
+# ---------------------------------------------------------------- a run, from start to end
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[io.BufferedWriter]:
+    """Open a file beside `path`, and move it over `path` once it is written.
+
+    Raises InputError where it cannot be written; `path` is then as it was.
+    """
+    draft = path.with_name(f".partial-{path.name}")
+    free = shutil.disk_usage(path.parent).free / 1e6
+    unharmed = ", the old one is whole" if path.exists() else ""
+    try:
+        message = f"cannot write {path} ({free:.0f} MB are free{unharmed})"
+        with reported_as(message, OSError, RuntimeError):
+            with open(draft, "wb") as file:
+                yield file
+            os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def make_output_dir(folder: Path):
+    """Make `folder` where it is missing; raises InputError where nothing can be written there."""
+    with reported_as(f"cannot write to --output-dir {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+def lock_folder(folder: Path) -> filelock.FileLock:
+    """Lock `folder` for this process, until it ends. Raises InputError where that cannot be."""
+    path = folder / ".lock"
+    lock = filelock.FileLock(path, blocking=False)
+    with reported_as(f"cannot lock {path}, which may be deleted while no run is writing there"):
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            # Where the file system has no locks, the mere file is one, and a kill leaves it there.
+            advice = f"if there is none, delete {path}"
+            raise InputError(f"another run is writing to --output-dir {folder}: {advice}") from None
+    return lock
+
+
 def open_run(argv: list[str] | None) -> tuple:
     """Read the flags, lock the output folder, and read the run that it holds, if it is resumed.
 
-    Returns the flags, the checkpoint or None, and the lock, which the end of the process frees.
-    Raises InputError where the folder is in use or cannot be written, holds a run that the flags
-    neither resume nor overwrite, or holds a run with other settings.
+    Returns the flags, the checkpoint or None, and the lock. Raises InputError where the folder is
+    in use, cannot be written, or holds a run that the flags cannot resume and do not overwrite.
     """
     args = parse_args(argv)
     folder = args.output_dir
     make_output_dir(folder)
-    lock = filelock.FileLock(folder / ".lock", blocking=False)
-    with reported_as(f"another run is writing to --output-dir {folder}"):
-        lock.acquire()
-
+    lock = lock_folder(folder)
     last = folder / "last_checkpoint.pth"
-    names = (last.name, "best_model.pth", "history.csv")
-    existing = [name for name in names if (folder / name).exists()]
+    existing = [name for name in RUN_FILES if (folder / name).exists()]
+    if args.resume and not existing:
+        say(f"no run in {folder}: starting one")
     if args.overwrite or not existing:
         return args, None, lock
     if not args.resume:
@@ -621,61 +787,204 @@ def open_run(argv: list[str] | None) -> tuple:
             "replace it with --overwrite, or choose another --output-dir"
         )
     checkpoint = read_checkpoint(last)
-    required = ("settings", "classes", "photos", "history", "optimizer", "scheduler", "scaler")
+    required = ("settings", "classes", "num_photos", "history", "optimizer", "scheduler", "scaler")
     if not all(name in checkpoint for name in required):
         raise InputError(f"{last} is no checkpoint to resume: it needs {', '.join(required)}")
-    # The flags are parsed again, so that those that were left out are those of the run.
+
+    # Parsed again, now that the defaults are known: flags that were left out are those of the run.
     args = parse_args(argv, checkpoint["settings"])
-    for name in SETTINGS:
+    check_settings(args, checkpoint)
+    # A kill may have come between the files of an epoch.
+    write_run(checkpoint, folder)
+    try:
+        read_checkpoint(folder / "best_model.pth")
+    except InputError as error:
+        best = best_epoch(checkpoint["history"])["epoch"]
+        say(f"{error}; an epoch better than {best} will write it again")
+    return args, checkpoint, lock
+
+
+def check_settings(args: argparse.Namespace, checkpoint: dict):
+    """Raise InputError where the flags cannot go on with the run of `checkpoint`."""
+    run = f"the run to resume in {args.output_dir}"
+    for name in FIXED_SETTINGS:
         now = getattr(args, name)
         before = checkpoint["settings"].get(name)
-        if now != before and not (name == "epochs" and now > before):
-            flag = f"--{name.replace('_', '-')} {now}"
-            raise InputError(f"{flag} differs from the {before} of the run to resume in {folder}")
-    return args, checkpoint, lock
+        if now != before:
+            raise InputError(f"--{name.replace('_', '-')} {now} differs from the {before} of {run}")
+    epochs_done = len(checkpoint["history"])
+    if args.epochs < epochs_done:
+        raise InputError(f"--epochs {args.epochs} is less than the {epochs_done} of {run}")
+
+
+def check_same_data(description: list):
+    """Raise InputError where this process's data set is another than that of the first."""
+    if WORLD_SIZE > 1:
+        firsts = list(description)
+        dist.broadcast_object_list(firsts)
+        if firsts != description:
+            raise InputError(f"process {RANK} has another data set than the first: {description}")
+
+
+def restore_states(checkpoint: dict, num_photos: dict, stateful: dict):
+    """Load the states of `checkpoint` into the components of `stateful`."""
+    if checkpoint["num_photos"] != num_photos:
+        before = checkpoint["num_photos"]
+        raise InputError(
+            f"the data set has changed since the run began: {num_photos}, not {before}"
+        )
+    # The run may come from another device; on CUDA the optimizer's step is fused.
+    fused = stateful["optimizer"].param_groups[0]["fused"]
+    checkpoint["optimizer"]["param_groups"][0]["fused"] = fused
+    for name, component in stateful.items():
+        if checkpoint[name]:  # The scaler of a run without float16 has no state.
+            component.load_state_dict(checkpoint[name])
+
+
+def best_epoch(history: list[dict]) -> dict:
+    """The first of the epochs with the best test accuracy."""
+    return max(history, key=lambda row: row["test_accuracy"])
+
+
+def copy_to_cpu(value):
+    """A copy of all tensors in `value`, which may be nested, that later steps do not change."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {name: copy_to_cpu(member) for name, member in value.items()}
+    if isinstance(value, list):
+        return [copy_to_cpu(member) for member in value]
+    return value
+
+
+def write_run(checkpoint: dict, folder: Path):
+    """Write last_checkpoint.pth, which holds the whole run, and then what follows from it."""
+    history = checkpoint["history"]
+    # Contiguous as torchvision's, and not channels_last.
+    model = {name: value.contiguous() for name, value in checkpoint["model"].items()}
+    checkpoint = {**checkpoint, "model": model}
+    with atomic_write(folder / "last_checkpoint.pth") as file:
+        torch.save(checkpoint, file)
+    best = best_epoch(history)
+    if best is history[-1]:
+        names = ("model", "classes", "resolution", "epoch", "settings")
+        best_model = {name: checkpoint[name] for name in names}
+        best_model["test_accuracy"] = best["test_accuracy"]
+        with atomic_write(folder / "best_model.pth") as file:
+            torch.save(best_model, file)
+    table = io.StringIO(newline="")
+    rows = csv.DictWriter(table, fieldnames=list(history[-1]))
+    rows.writeheader()
+    rows.writerows(history)
+    with atomic_write(folder / "history.csv") as file:
+        file.write(table.getvalue().encode())
+    figure = plot_history(history)
+    with atomic_write(folder / "training_curves.png") as file:
+        figure.savefig(file, format="png")
+
+
+def plot_history(history: list[dict]) -> Figure:
+    """Loss and accuracy of both splits by epoch, with a dotted line at each change of lr."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")  # inches
+    epochs = [row["epoch"] for row in history]
+    for axes, measure in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        for split in ("train", "test"):
+            values = [row[f"{split}_{measure}"] for row in history]
+            axes.plot(epochs, values, marker=".", label=split)
+        for before, after in itertools.pairwise(history):
+            if before["lr"] != after["lr"]:
+                axes.axvline(after["epoch"] - 0.5, color="grey", linestyle=":")
+        axes.set(xlabel="epoch", ylabel=measure)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure
+
+
+def finish_epoch(checkpoint: dict, folder: Path, epochs: int, is_first: bool):
+    """Write the run, and then print the line of its last epoch: what is printed is saved."""
+    write_run(checkpoint, folder)
+    row = checkpoint["history"][-1]
+    minutes_left = (epochs - row["epoch"]) * row["seconds"] / 60
+    # The first epoch may have compiled too.
+    left = "" if is_first else f"  {minutes_left:.1f} min left"
+    say(
+        f"epoch {row['epoch']}/{epochs}  lr {row['lr']:.3g}  "
+        f"train loss {row['train_loss']:.4f} acc {row['train_accuracy']:.2%}  "
+        f"test loss {row['test_loss']:.4f} acc {row['test_accuracy']:.2%}  "
+        f"{row['seconds']:.1f} s  {row['photos_per_second']:.1f} photos/s  "
+        f"{row['input_wait']:.0%} waiting for photos{left}"
+    )
+
+
+def say_summary(history: list[dict]):
+    best = best_epoch(history)
+    minutes = sum(row["seconds"] for row in history) / 60
+    say(
+        f"best test accuracy {best['test_accuracy']:.2%} in epoch {best['epoch']}, chosen on the "
+        f"test split; last epoch {history[-1]['test_accuracy']:.2%}; {minutes:.1f} min in all"
+    )
 
 
 # ---------------------------------------------------------------- process
 
-# Regular expressions for the errors that a user can do something about, with the advice for each.
+SMALL_SHARED_MEMORY = (
+    "the shared memory in /dev/shm (df -h shows its size) is too small: "
+    "give the container more with --shm-size or --ipc=host, or use --workers 0"
+)
+# What stands in the errors that a user can do something about, with the advice for each.
 ADVICE = {
     "OutOfMemoryError": "the GPU's memory is full: choose a smaller --batch-size or --resolution",
+    "allocate memory": "the memory is full: choose a smaller --batch-size or fewer --workers",
     "no kernel image": "this build of torch was not made for this GPU: install one that was",
-    "torch._(dynamo|inductor)": "torch.compile failed: try again with --no-compile",
-    "/torch_|shared memory": (
-        "the shared memory in /dev/shm (df -h shows its size) is too small: "
-        "give the container more with --shm-size or --ipc=host, or use --workers 0"
-    ),
-    r"DataLoader worker \(pid": "a worker has ended: where memory was short, use fewer --workers",
-    "torch.distributed|by peer": "another process of this run has ended: its message tells why",
+    "torch._dynamo": "torch.compile failed: try again with --no-compile",
+    "torch._inductor": "torch.compile failed: try again with --no-compile",
+    "</torch_": SMALL_SHARED_MEMORY,  # The beginning of a file's name there.
+    "shared memory": SMALL_SHARED_MEMORY,
+    "Too many open files": "raise the limit (ulimit -n 65536), or use fewer --workers",
+    "DataLoader worker (pid": "a worker has ended: where memory was short, use fewer --workers",
+    "DataLoader timed out": "the workers hand nothing over: look at the disk, or use --workers 0",
+    "EADDRINUSE": "the port is taken: choose another with --master-port",
+    "torch.distributed": "another process of this run has ended: its message tells why",
+    "by peer": "another process of this run has ended: its message tells why",
 }
 
 
 def explain(error: Exception) -> str:
     """One line for an error of torch or of the system that a user can do something about, or ""."""
-    described = f"{type(error)} {error}"
-    for pattern, advice in ADVICE.items():
-        if re.search(pattern, described):
+    described = f"{type(error)} {one_line(error)}"
+    for sign, advice in ADVICE.items():
+        if sign in described:
             return f"{advice} ({reason(error)})"
     if isinstance(error, OSError):
         return reason(error)
     return ""
 
 
+def prepare_streams():
+    """Let standard output and standard error take any text, wherever they lead."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # Closed by >&- or 2>&-.
+            setattr(sys, name, open(os.devnull, "w"))
+        elif isinstance(stream, io.TextIOWrapper):  # A notebook's is none.
+            # A console that cannot show "×" shows "?". A pipe gets each line at once, since Ctrl-C
+            # leaves no time to hand over what was printed.
+            stream.reconfigure(errors="replace", line_buffering=True)
+
+
 def run_command(main: Callable[[], None]) -> int:
     """Call `main` and return the exit status; what a user can put right becomes one line."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # A console that cannot show "×" shows "?".
+    prepare_streams()
     try:
         main()
         sys.stdout.flush()
         return 0
     except InputError as error:
-        # Where it comes from a worker, the worker's traceback stands before it.
-        message = str(error).rstrip().rpartition("InputError: ")[2]
+        message = one_line(error)
     except BrokenPipeError:
         # Whoever reads the output, as head does, wants no more of it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stdout = open(os.devnull, "w")
         return 1
     except (OSError, RuntimeError) as error:
         message = explain(error)
@@ -685,183 +994,153 @@ def run_command(main: Callable[[], None]) -> int:
     return 1
 
 
-def start_process() -> torch.device:
-    """Join the processes that torchrun started, if it did; returns the device of this one."""
-    if RANK > 0 and PROCESSES == 1:
-        raise InputError(f"RANK is {RANK} and WORLD_SIZE is not set: start it with torchrun")
+def start_process():
+    """Join the processes that torchrun started, if it did."""
+    several = WORLD_SIZE > 1 or RANK > 0
+    if several and "MASTER_ADDR" not in os.environ:
+        raise InputError(
+            f"RANK is {RANK} and WORLD_SIZE is {WORLD_SIZE}, and MASTER_ADDR is not set: "
+            "start several processes with torchrun, and for one, unset these variables"
+        )
     torch.set_float32_matmul_precision("high")  # TF32
     torch.backends.cudnn.benchmark = True
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
+    if DEVICE.type == "cuda":
         gpus = torch.cuda.device_count()
-        if LOCAL_PROCESSES > gpus:
+        if LOCAL_WORLD_SIZE > gpus:
             raise InputError(f"this machine has {gpus} GPUs: start that many processes, at most")
-        device = torch.device("cuda", LOCAL_RANK)
-        torch.cuda.set_device(device)
-    if PROCESSES > 1:
-        backend = dist.get_default_backend_for_device(device)
+        torch.cuda.set_device(DEVICE)
+    if WORLD_SIZE > 1:
+        backend = dist.get_default_backend_for_device(DEVICE)
         # The timeout is long, because the others may have to wait for one that downloads.
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
-    return device
-
-
-def plan_batches(args: argparse.Namespace, photos: int) -> list[int]:
-    """The sizes of an epoch's batches. Raises InputError where the processes cannot share them."""
-    starts = range(0, photos, args.batch_size)
-    batch_sizes = [min(args.batch_size, photos - start) for start in starts]
-    last_batch = batch_sizes[-1]
-    # Batch norm needs two values: at 32 px the last feature map of a photo has just one.
-    smallest = 2 * PROCESSES if args.resolution == 32 else PROCESSES
-    if args.batch_size > photos or args.batch_size % PROCESSES or last_batch < smallest:
-        raise InputError(
-            f"--batch-size {args.batch_size} does not fit: it has to be at most the {photos} train "
-            f"photos, a multiple of the {PROCESSES} processes, and leave a last batch of at least "
-            f"{smallest} (now {last_batch}) at --resolution {args.resolution}"
-        )
-    return batch_sizes
-
-
-def resume_run(checkpoint: dict, run: dict, stateful: dict, output_dir: Path) -> list[dict]:
-    """Load the states of `checkpoint` into the components of `stateful`; returns its history."""
-    for name in ("classes", "photos"):
-        if checkpoint[name] != run[name]:
-            dataset = run["settings"]["dataset"]
-            raise InputError(f"--dataset {dataset} has changed since the run began: other {name}")
-    # The run may come from another device, where the optimizer's step was another function.
-    fused = stateful["optimizer"].param_groups[0]["fused"]
-    checkpoint["optimizer"]["param_groups"][0]["fused"] = fused
-    for name, component in stateful.items():
-        if checkpoint[name]:  # The scaler of a run without float16 has no state.
-            component.load_state_dict(checkpoint[name])
-    history = checkpoint["history"]
-    if RANK == 0:
-        # A kill may have come between the files of an epoch.
-        save_run(run, stateful, history, output_dir)
-        try:
-            read_checkpoint(output_dir / "best_model.pth")
-        except InputError as error:
-            best = best_epoch(history)["epoch"]
-            print(f"{error}; an epoch better than {best} will write it again")
-    return history
-
-
-def print_plan(args, run: dict, device: torch.device, precision: torch.dtype, epochs_done: int):
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    photos = f"{run['photos']['train']} train and {run['photos']['test']} test photos"
-    print(f"device    {PROCESSES} × {name}, {precision}, channels_last")
-    print(f"data      {photos}, {len(run['classes'])} classes")
-    print("settings ", *[f"{name}={value}" for name, value in vars(args).items()])
-    if epochs_done:
-        print(f"resumed after epoch {epochs_done}")
-    print("Ctrl-C is safe: --resume goes on after the last finished epoch", flush=True)
-
-
-def print_epoch(row: dict, epochs: int, is_first: bool):
-    minutes_left = (epochs - row["epoch"]) * row["seconds"] / 60
-    left = "" if is_first else f"  {minutes_left:.1f} min left"  # The first one also compiled.
-    print(
-        f"epoch {row['epoch']}/{epochs}  lr {row['lr']:.3g}  "
-        f"train loss {row['train_loss']:.4f} acc {row['train_accuracy']:.2%}  "
-        f"test loss {row['test_loss']:.4f} acc {row['test_accuracy']:.2%}  "
-        f"{row['seconds']:.1f} s  {row['photos_per_second']:.1f} photos/s  "
-        f"{row['input_wait']:.0%} waiting for photos{left}",
-        flush=True,
-    )
-
-
-def print_summary(history: list[dict]):
-    best = best_epoch(history)
-    minutes = sum(row["seconds"] for row in history) / 60
-    print(
-        f"best test accuracy {best['test_accuracy']:.2%} in epoch {best['epoch']}, chosen on the "
-        f"test split; last epoch {history[-1]['test_accuracy']:.2%}; {minutes:.1f} min in all"
-    )
 
 
 def main(argv: list[str] | None = None):
-    device = start_process()
-    cuda = device.type == "cuda"
+    start_process()
     args = None
     checkpoint = None
     if RANK == 0:
         args, checkpoint, lock = open_run(argv)  # The process holds the lock until it ends.
-    if PROCESSES > 1:
+    if WORLD_SIZE > 1:
         # All take the flags and the run of the first process, so that they cannot differ.
         opened = [args, checkpoint]
         dist.broadcast_object_list(opened)
         args, checkpoint = opened
 
-    cars = load_cars(args.dataset)
+    history = checkpoint["history"] if checkpoint else []
+    epochs = range(len(history) + 1, args.epochs + 1)
+    if not epochs:
+        say(f"all {args.epochs} epochs are done; --resume with more --epochs trains on")
+        say_summary(history)
+        return
+
+    precision = pick_precision(args.amp)
+    device_name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
+    say(f"device    {WORLD_SIZE} × {device_name}, {precision}, channels_last")
+    settings = vars(args).copy()
+    for name in ("output_dir", "resume", "overwrite"):  # These are not the run's.
+        del settings[name]
+    say("settings  " + " ".join(f"{name}={value}" for name, value in settings.items()))
+    known_classes = checkpoint["classes"] if checkpoint else None
+    cars = load_cars(args.dataset, classes=known_classes)
     classes = cars["train"].features["label"].names
-    photos = {split: len(cars[split]) for split in cars}
-    batch_sizes = plan_batches(args, photos["train"])
-    # Each checkpoint says this, beside its states and its history.
-    run = {
-        "settings": {name: getattr(args, name) for name in ("dataset", *SETTINGS)},
-        "resolution": args.resolution,
-        "classes": classes,
-        "photos": photos,
-    }
+    num_photos = {split: len(cars[split]) for split in cars}
+    check_same_data([num_photos, classes])
+    counts = f"{num_photos['train']} train and {num_photos['test']} test photos"
+    say(f"data      {counts}, {len(classes)} classes")
+    batch_sizes = train_batch_sizes(num_photos["train"], args.batch_size)
+    left_out = num_photos["train"] - sum(batch_sizes)
+    if left_out:
+        say(f"          each epoch leaves out {left_out} of them, too few for a last batch")
 
     torch.manual_seed(args.seed)
     model = build_model("none" if checkpoint else args.weights, len(classes))
-    model.to(device, memory_format=torch.channels_last)
-    network = DistributedDataParallel(model) if PROCESSES > 1 else model
+    model.to(DEVICE, memory_format=torch.channels_last)
+    network = model
+    if WORLD_SIZE > 1:
+        # Batch norm's statistics are those of a process's own photos until the evaluation.
+        network = DistributedDataParallel(model, broadcast_buffers=False)
     train_forward = network
     test_forward = model
     if args.compile:
-        train_forward = compile_full_batches(network, args.batch_size // PROCESSES)
-        test_forward = compile_full_batches(model, args.batch_size // PROCESSES)
+        own_batch_size = batch_sizes[0] // WORLD_SIZE
+        train_forward = compile_full_batches(network, own_batch_size)
+        test_forward = compile_full_batches(model, own_batch_size)
+    fused = DEVICE.type == "cuda"
     optimizer = torch.optim.SGD(
-        model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=cuda
+        model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=fused
     )
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.step_size, gamma=0.1)
-    precision = pick_precision(device, args.amp)
-    autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    autocast = autocast_to(precision)
+    scaler = torch.amp.GradScaler(DEVICE.type, enabled=precision == torch.float16)
     stateful = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    history = []
     if checkpoint:
-        history = resume_run(checkpoint, run, stateful, args.output_dir)
+        restore_states(checkpoint, num_photos, stateful)
+        say(f"resumed after epoch {len(history)}")
+    # Each checkpoint says this, beside its states and its history.
+    run = {
+        "settings": settings,
+        "resolution": args.resolution,
+        "classes": classes,
+        "num_photos": num_photos,
+    }
 
-    epochs = range(len(history) + 1, args.epochs + 1)
-    test_batches = load_test_batches(cars["test"], args, pin=cuda)
-    train_photos = CarPhotos(cars["train"], random_crop, args.resolution, args.seed)
-    batch_sampler = shuffled_batches(photos["train"], args.batch_size, epochs, args.seed)
-    train_batches = iter(make_loader(train_photos, batch_sampler, args.workers, pin=cuda))
-    if RANK == 0:
-        print_plan(args, run, device, precision, len(history))
-
+    crops = {"train": random_crop, "test": center_crop}
+    photos = CarPhotos(cars, crops, args.resolution, args.seed)
+    own_test_batches = test_batches(num_photos["test"], args.batch_size)
+    keys = all_batches(num_photos["train"], batch_sizes, own_test_batches, epochs, args.seed)
+    batches = iter(make_loader(photos, keys, args.workers))
+    if args.overwrite and RANK == 0:
+        for name in RUN_FILES:
+            (args.output_dir / name).unlink(missing_ok=True)
+    say("Ctrl-C is safe: --resume goes on after the last epoch that was printed")
     epoch_start = time.perf_counter()
-    for epoch in epochs:
-        model.train()
-        batches = itertools.islice(train_batches, len(batch_sizes))
-        trained = train_one_epoch(
-            train_forward, batches, batch_sizes, device, autocast, optimizer, scaler
-        )
-        model.eval()
-        if PROCESSES > 1:
-            # Each has the batch norm statistics of its own photos: all take the first one's.
-            for buffer in model.buffers():
-                dist.broadcast(buffer, 0)
-        tested = evaluate(test_forward, test_batches, device, autocast)
-        if not math.isfinite(trained["train_loss"] + tested["test_loss"]):
-            advice = "use a smaller --lr; what the epochs before wrote is whole"
-            raise InputError(f"the loss is not finite in epoch {epoch}: {advice}")
+    written = None
+    with ThreadPoolExecutor(max_workers=1) as writer:  # Its end waits for what is being written.
+        for epoch in epochs:
+            model.train()
+            trained = train_one_epoch(
+                forward=train_forward,
+                batches=next_batches(batches, len(batch_sizes), "train"),
+                batch_sizes=batch_sizes,
+                autocast=autocast,
+                optimizer=optimizer,
+                scaler=scaler,
+            )
+            model.eval()
+            if WORLD_SIZE > 1:
+                # The first process's batch norm statistics become everybody's.
+                for buffer in model.buffers():
+                    dist.broadcast(buffer, 0)
+            own_test = next_batches(batches, len(own_test_batches), "test")
+            tested = evaluate(forward=test_forward, batches=own_test, autocast=autocast)
+            if not math.isfinite(trained["train_loss"] + tested["test_loss"]):
+                raise InputError(
+                    f"the loss is not finite in epoch {epoch}: begin again with a smaller --lr and "
+                    "--overwrite, or in a new --output-dir with --weights OLD/best_model.pth"
+                )
 
-        seconds = time.perf_counter() - epoch_start
-        epoch_start += seconds
-        lr = scheduler.get_last_lr()[0]
-        history.append({"epoch": epoch, "lr": lr, **trained, **tested, "seconds": seconds})
-        scheduler.step()
+            epoch_end = time.perf_counter()
+            seconds = epoch_end - epoch_start
+            epoch_start = epoch_end
+            lr = scheduler.get_last_lr()[0]
+            history.append({"epoch": epoch, "lr": lr, **trained, **tested, "seconds": seconds})
+            scheduler.step()
+            if RANK == 0:
+                if written:
+                    written.result()  # Waits for the epoch before; raises what stopped it.
+                states = {name: component.state_dict() for name, component in stateful.items()}
+                copied = copy_to_cpu({**run, **states, "epoch": epoch, "history": history})
+                # A thread writes it while the next epoch trains.
+                is_first = epoch == epochs[0]
+                written = writer.submit(
+                    finish_epoch, copied, args.output_dir, args.epochs, is_first
+                )
         if RANK == 0:
-            save_run(run, stateful, history, args.output_dir)
-            print_epoch(history[-1], args.epochs, is_first=epoch == epochs[0])
-
-    if PROCESSES > 1:
+            written.result()
+    if WORLD_SIZE > 1:
         dist.destroy_process_group()
-    if RANK == 0:
-        print_summary(history)
+    say_summary(history)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,6 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: long by design; runs with --slow, or where CI=true")
-    decoding = "ignore:The image decoding and encoding:DeprecationWarning"
-    config.addinivalue_line("filterwarnings", decoding)
 
 
 def pytest_collection_modifyitems(config, items):

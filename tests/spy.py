@@ -61,13 +61,14 @@ def is_killed_now() -> bool:
     return len(writes) == KILLED_AT
 
 
-def killed_save(value, path):
+def killed_save(value, file):
     if is_killed_now():
-        file = io.BytesIO()
-        save(value, file)
-        Path(path).write_bytes(file.getvalue()[: file.tell() // 2])
+        whole = io.BytesIO()
+        save(value, whole)
+        file.write(whole.getvalue()[: whole.tell() // 2])
+        file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
-    save(value, path)
+    save(value, file)
 
 
 def killed_replace(source, destination):

@@ -47,7 +47,9 @@ BAD = {
     "a list": lambda good: [1, 2, 3],
     "code": lambda good: {"model": Code()},
     "another architecture": lambda good: {"model": resnet18(num_classes=8).state_dict()},
-    "no fc": lambda good: {name: good["model"][name] for name in good["model"] if name[:2] != "fc"},
+    "half of an fc": lambda good: {
+        name: good["model"][name] for name in good["model"] if name != "fc.weight"
+    },
     "not finite": not_finite,
     "settings": lambda good: {**good, "settings": None},
     "classes": lambda good: {**good, "classes": None},
@@ -62,6 +64,7 @@ BAD = {
         good, torch.quantize_per_tensor(good["model"]["fc.weight"], 0.1, 0, torch.qint8)
     ),
     "meta": lambda good: other_fc(good, good["model"]["fc.weight"].to("meta")),
+    "no tensor": lambda good: other_fc(good, 0.5),
     # It claims 10 GB in a kilobyte.
     "larger than its file": lambda good: {
         "fc.weight": torch.zeros(1).expand(50_000, 50_000),
@@ -116,8 +119,8 @@ def test_torchscript_is_refused_in_words(tmp_path):
 
 
 def test_what_is_wrong_is_said(good, tmp_path):
-    torch.save(BAD["no fc"](good), tmp_path / "bad.pth")
-    assert 'Missing key(s) in state_dict: "fc.weight"' in refused(tmp_path / "bad.pth")
+    torch.save(BAD["half of an fc"](good), tmp_path / "bad.pth")
+    assert "it lacks ['fc.weight']" in refused(tmp_path / "bad.pth")
     torch.save(BAD["too few classes"](good), tmp_path / "bad.pth")
     assert "names other than the 8 classes" in refused(tmp_path / "bad.pth")
 
@@ -137,7 +140,8 @@ def test_eval_refuses_them_in_one_line(run_eval, good, cars, tmp_path, damage):
     if damage == "other count":
         torch.save(small_resnet(num_classes=3).state_dict(), bad)
     flags = ["--checkpoint", bad, "--dataset", cars, "--output-dir", tmp_path / "out"]
-    assert "bad.pth" in refusal(run_eval(*flags))
+    err = refusal(run_eval(*flags))
+    assert ("'Tank'" if damage == "other names" else "bad.pth") in err
     assert not (tmp_path / "out/metrics.json").exists()
 
 

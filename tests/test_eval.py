@@ -153,9 +153,8 @@ def test_maps_equal_pytorch_grad_cam_on_one_photo(photos, model):
 
 
 def test_grad_cam_keeps_no_activations_of_the_early_layers(trained, model):
-    args = evaluation.parse_args(["--no-amp"])
     checkpoint = train.read_checkpoint(trained.run / "best_model.pth")
-    loaded, _ = evaluation.load_model(args=args, checkpoint=checkpoint)
+    loaded = evaluation.load_model(checkpoint)
     crops = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8))
     settings = {"crops": crops, "classes": [0, 1, 2], "batch_size": 3}
     saved = []
@@ -210,13 +209,12 @@ def test_the_report_is_complete_and_in_order(report, trained):
 
 @pytest.mark.parametrize("count", [1, 5, 16, 32])
 def test_gradcam_figure_has_a_cell_a_photo(count):
-    crops = torch.zeros(count, 64, 64, 3, dtype=torch.uint8)
     maps = np.zeros((count, 64, 64), np.float32)
     maps[:, 10:20, 10:20] = 1
     title = "true: Rolls-Royce Phantom Drophead Coupe Convertible 2012\npredicted: Van\nright"
-    figure = evaluation.plot_grad_cam(
-        crops=crops, maps=maps, titles=[title] * count, colors=["black"] * count
-    )
+    crop = torch.zeros(64, 64, 3, dtype=torch.uint8)
+    cells = [evaluation.Cell(crop, label=0, title=title, color="black")] * count
+    figure = evaluation.plot_grad_cam(cells=cells, maps=maps)
     assert len(figure.axes) == count
     assert figure.get_size_inches()[0] < 13.3
     figure.canvas.draw()

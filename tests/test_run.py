@@ -121,7 +121,6 @@ def test_resume_refuses_a_data_set_that_changed(run_train, finished, tmp_path):
     flags = ["--resume", "--step-size", 1, "--epochs", 3, "--output-dir", folder]
     err = refusal(run_train(*flags, "--dataset", tmp_path / "cars"))
     assert "has changed" in err
-    assert str(tmp_path / "cars") in err
 
 
 def test_resume_takes_the_same_data_from_another_place(cars, tmp_path, run_train, monkeypatch):
@@ -238,9 +237,9 @@ def test_ctrl_c_ends_at_once_and_holds_nobody_up(long_run, tmp_path, run_train):
     long_run.signal_group(signal.SIGINT)
     long_run.signal_group(signal.SIGINT)
     status, out, err = long_run.end()
-    assert status == 130
+    assert status == -signal.SIGINT
     assert err == ""
-    assert "\nCtrl-C is safe: --resume goes on after the last finished epoch\n" in out
+    assert "\nCtrl-C is safe: --resume goes on after the last epoch that was printed\n" in out
     assert load(tmp_path / "run/last_checkpoint.pth")["epoch"] >= 2
     success(run_train(*flags))
 
@@ -270,7 +269,7 @@ def test_ctrl_c_while_the_libraries_are_imported_is_quiet(tmp_path):
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate()
-    assert process.returncode == 130
+    assert process.returncode == -signal.SIGINT
     assert err == ""
 
 
@@ -282,7 +281,7 @@ def test_ctrl_c_stops_eval_as_its_workers_start(trained, tmp_path, fork):
         time.sleep(0.01)
     process.signal_group(signal.SIGINT)
     status, _, err = process.end()
-    assert status == 130, err
+    assert status == -signal.SIGINT, err
     assert not (tmp_path / "report/metrics.json").exists()
 
 
@@ -293,16 +292,16 @@ def test_a_full_disk_leaves_the_old_files(run_train, finished, tmp_path, monkeyp
     folder = shutil.copytree(finished, tmp_path / "run")
     before = read_folder(folder)
 
-    def full(value, path):
-        path.write_bytes(b"half")
-        raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 156950464")
+    def full(value, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
 
     flags = ["--resume", "--step-size", 1, "--epochs", 3, "--output-dir", folder]
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
         err = refusal(run_train(*flags))
-    assert "last_checkpoint.pth (the old one is whole; " in err
-    assert " MB are free): [enforce fail" in err
+    assert "last_checkpoint.pth (" in err
+    assert " MB are free, the old one is whole): [Errno 28] No space left on device" in err
     after = read_folder(folder)
     assert after.keys() == before.keys()
     assert after["last_checkpoint.pth"] == before["last_checkpoint.pth"]
