@@ -415,8 +415,7 @@ def all_batches(num_train, batch_sizes, own_test_batches, epochs, seed) -> Itera
 def start_worker(worker: int):
     """End at Ctrl-C and with the main process, without a word."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, lambda signal_number, frame: os._exit(0))
-    # The thread that hands batches over would print a traceback once the main process has ended.
+    # multiprocessing's thread that hands batches over would print the end of the main process.
     sys.excepthook = lambda *error: None
 
 
@@ -817,13 +816,13 @@ def check_settings(args: argparse.Namespace, checkpoint: dict):
         raise InputError(f"--epochs {args.epochs} is less than the {epochs_done} of {run}")
 
 
-def check_same_data(description: list):
-    """Raise InputError where this process's data set is another than that of the first."""
+def check_same_data(data: dict):
+    """Raise InputError where this process's classes or numbers of photos are not the first's."""
     if WORLD_SIZE > 1:
-        firsts = list(description)
+        firsts = [data]
         dist.broadcast_object_list(firsts)
-        if firsts != description:
-            raise InputError(f"process {RANK} has another data set than the first: {description}")
+        if firsts[0] != data:
+            raise InputError(f"process {RANK} has another data set than the first: {data}")
 
 
 def restore_states(checkpoint: dict, num_photos: dict, stateful: dict):
@@ -1041,11 +1040,11 @@ def main(argv: list[str] | None = None):
     for name in ("output_dir", "resume", "overwrite"):  # These are not the run's.
         del settings[name]
     say("settings  " + " ".join(f"{name}={value}" for name, value in settings.items()))
-    known_classes = checkpoint["classes"] if checkpoint else None
-    cars = load_cars(args.dataset, classes=known_classes)
+    cars = load_cars(args.dataset, classes=checkpoint["classes"] if checkpoint else None)
     classes = cars["train"].features["label"].names
     num_photos = {split: len(cars[split]) for split in cars}
-    check_same_data([num_photos, classes])
+    data = {"classes": classes, "num_photos": num_photos}
+    check_same_data(data)
     counts = f"{num_photos['train']} train and {num_photos['test']} test photos"
     say(f"data      {counts}, {len(classes)} classes")
     batch_sizes = train_batch_sizes(num_photos["train"], args.batch_size)
@@ -1078,12 +1077,7 @@ def main(argv: list[str] | None = None):
         restore_states(checkpoint, num_photos, stateful)
         say(f"resumed after epoch {len(history)}")
     # Each checkpoint says this, beside its states and its history.
-    run = {
-        "settings": settings,
-        "resolution": args.resolution,
-        "classes": classes,
-        "num_photos": num_photos,
-    }
+    run = {**data, "settings": settings, "resolution": args.resolution}
 
     crops = {"train": random_crop, "test": center_crop}
     photos = CarPhotos(cars, crops, args.resolution, args.seed)
