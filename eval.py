@@ -4,7 +4,7 @@
     python eval.py --tta --num-gradcam 32       # also the average of six views; more GradCAM photos
     python eval.py --images car.jpg holidays    # the five likeliest classes of your own photos
 
-On the reference's 448 px model: 91.78 %, with TTA 91.93 %; on its 224 px model: 89.38 %, 90.32 %.
+The reference reports 91.78 % at 448 px, with TTA 91.93 %; at 224 px 89.38 % and 90.32 %.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-# Set before matplotlib is imported: no window is opened, and a notebook's backend may be missing.
+# Set before pytorch_grad_cam imports pyplot, since a notebook's backend may be missing.
 os.environ["MPLBACKEND"] = "agg"
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # As in train.py.
@@ -89,7 +89,7 @@ def predict_all(model, photos: CarPhotos, args, autocast) -> tuple[torch.Tensor,
     single = torch.cat([first for first, _ in logits])
     mean = torch.cat([average for _, average in logits])
     if not (single.isfinite().all() and mean.isfinite().all()):
-        raise InputError(f"{args.checkpoint} gives logits that are not finite: it is damaged")
+        raise InputError(f"{args.checkpoint} gives logits that are not finite: try --no-amp")
     return single, mean
 
 
@@ -164,7 +164,7 @@ def worst_first(class_rows: list[dict]) -> list[dict]:
 
 
 def compute_metrics(single, mean, labels, classes: list[str], tta: bool) -> dict:
-    """What (N, classes) logits are worth, beside (N,) int64 labels.
+    """Accuracies and errors of (N, classes) logits, beside (N,) int64 labels.
 
     `single` are those of the first view; `mean`, with `tta`, those of the six.
     """
@@ -273,7 +273,7 @@ class Cell:
     """A photo in a GradCAM figure: its (R, R, 3) uint8 crop, and the class to explain."""
 
     crop: torch.Tensor
-    label: int
+    target: int
     title: str
     color: str
 
@@ -299,7 +299,7 @@ def plot_grad_cam(cells: list[Cell], maps: np.ndarray) -> Figure:
 
 def draw_grad_cam(path: Path, cells: list[Cell], model, batch_size: int):
     crops = torch.stack([cell.crop for cell in cells])
-    maps = grad_cam(model, crops, [cell.label for cell in cells], batch_size)
+    maps = grad_cam(model, crops, [cell.target for cell in cells], batch_size)
     save_figure(plot_grad_cam(cells, maps), path)
 
 
@@ -314,7 +314,7 @@ def choose_errors(logits, labels, class_rows: list[dict], random) -> list[int]:
     return rows
 
 
-def test_cell(row: int, photos: CarPhotos, logits, classes: list[str]) -> Cell:
+def cell_of_row(row: int, photos: CarPhotos, logits, classes: list[str]) -> Cell:
     """The test photo in `row`, titled with its true and its predicted class."""
     views, label = photos["test", 0, row]
     confidence, guess = logits[row].softmax(0).max(0)
@@ -347,7 +347,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--tta", action="store_true",
         help="also average the logits of six views: three scales, mirrored or not")
     add("--num-gradcam", type=train.number(int, 0, 1000), default=16,
-        help="photos in the GradCAM figure; 0 for no GradCAM (%(default)s)")
+        help="photos in gradcam_samples.png; 0 for no GradCAM (%(default)s)")
     add("--seed", type=train.number(int, 0, 2**32), default=42,
         help="of the choice of photos (%(default)s)")
     add("--workers", type=train.number(int, 0, 256), default=train.DEFAULT_WORKERS,
@@ -406,11 +406,11 @@ def name_images(args: argparse.Namespace, model, classes: list[str], autocast):
         guess = int(likeliest[0])
         printable = Path(path).name.encode(errors="replace").decode()
         title = f"{printable[-60:]}\n{classes[guess]}, {confidence[0]:.2%}"
-        cells.append(Cell(views[0], guess, title, color="black"))
-    shown = cells[: args.num_gradcam]
-    if shown:
-        use_fonts_for("".join(cell.title for cell in shown))
-        draw_grad_cam(figure_path, shown, model, args.batch_size)
+        if len(cells) < args.num_gradcam:
+            cells.append(Cell(views[0], guess, title, color="black"))
+    if cells:
+        use_fonts_for("".join(cell.title for cell in cells))
+        draw_grad_cam(figure_path, cells, model, args.batch_size)
     if unreadable:
         names = "; ".join(unreadable)
         raise InputError(f"{len(unreadable)} of {len(paths)} photos cannot be read: {names}")
@@ -447,8 +447,8 @@ def main(argv: list[str] | None = None):
     trained_at = checkpoint.get("resolution", 224)
     args.resolution = args.resolution or trained_at
     epoch = checkpoint.get("epoch", "unknown")
-    print(f"checkpoint  {args.checkpoint} (epoch {epoch}, {trained_at} px)", end="")
-    print(f"; evaluated at {args.resolution} px")
+    trained = f"epoch {epoch}, {trained_at} px"
+    print(f"checkpoint  {args.checkpoint} ({trained}); evaluated at {args.resolution} px")
     if args.resolution == 32 and args.num_gradcam:
         print("            no GradCAM: at 32 px, its map would be a single pixel")
         args.num_gradcam = 0
@@ -487,7 +487,7 @@ def main(argv: list[str] | None = None):
     samples = random.permutation(len(test))[: args.num_gradcam].tolist()
     errors = choose_errors(single, labels, metrics["per_class"], random)
     for path, rows in zip(figures[1:], (samples, errors), strict=True):
-        cells = [test_cell(row, photos, single, classes) for row in rows]
+        cells = [cell_of_row(row, photos, single, classes) for row in rows]
         if cells:
             draw_grad_cam(path, cells, model, args.batch_size)
         else:

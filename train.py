@@ -1,6 +1,6 @@
 """Fine-tune an ImageNet-pretrained ResNet-50 on Stanford Cars: one stage of plain SGD.
 
-The two published runs, each on one RTX 5080:
+The reference's two runs, each on one RTX 5080:
 
     python train.py --resolution 448 --batch-size 64 --lr 0.05    # 91.78 % accuracy, 50.3 min
     python train.py --resolution 224 --batch-size 128 --lr 0.1    # 89.38 % accuracy, 18.9 min
@@ -27,7 +27,6 @@ import math
 import os
 import pickle
 import re
-import shutil
 import signal
 import socket
 import sys
@@ -58,7 +57,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchcodec.decoders import decode_image
 from torchvision.models import ResNet50_Weights, resnet50
-from torchvision.transforms import RandomResizedCrop, v2
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of red, green and blue in 0…1
@@ -78,7 +77,7 @@ PLAIN_TYPES = [
     np._core.multiarray.scalar,
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
     np.dtype,
-    *[type(np.dtype(code)) for code in "?ilfd"],
+    *[type(np.dtype(name)) for name in ("bool", "int32", "int64", "float32", "float64")],
 ]
 
 # torchrun sets these variables for each process that it starts.
@@ -93,7 +92,8 @@ DEFAULT_WORKERS = max(1, min(16, CORES // LOCAL_WORLD_SIZE))
 
 # What a run writes to its output folder.
 RUN_FILES = ("last_checkpoint.pth", "best_model.pth", "history.csv", "training_curves.png")
-# These settings decide the result: a run and its resumption have to agree in them.
+# A run and its resumption have to agree in these. The data set may have moved, and is compared
+# by its classes and its numbers of photos.
 FIXED_SETTINGS = "weights resolution batch_size lr momentum weight_decay step_size seed amp".split()
 
 
@@ -121,8 +121,8 @@ def reason(error: BaseException) -> str:
 def reported_as(message: str, *types: type):
     """Turn an error of `types` into an InputError: `message`, and the reason.
 
-    Without `types` it is an error of a file, of a network or of data; mistakes in this code raise
-    others, as NameError and KeyError, and keep their traceback.
+    Without `types` it is an error of a file, of a network or of data; most mistakes in this code
+    raise others, as NameError and KeyError, and keep their traceback.
     """
     types = types or (OSError, ValueError, RuntimeError)
     try:
@@ -172,6 +172,7 @@ def load_split(dataset: str, split: str) -> datasets.Dataset:
         folder = snapshot_download(
             dataset, repo_type="dataset", revision=DATASET_REVISION, allow_patterns=files
         )
+        # Where the Hub is out of reach, the folder is what the cache holds, be it a part.
         with reported_as(f"the Hub's files in {folder} are not whole, and it is out of reach"):
             loaded = read_folder(Path(folder), split)
     else:
@@ -220,7 +221,7 @@ def read_folder(folder: Path, split: str) -> datasets.Dataset:
 
 
 def find_photos(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The photos in and below `folder`, by their names, and the other files; both are sorted.
+    """The photos in and below `folder`, told by their suffix, and the other files; both sorted.
 
     What notebooks (.ipynb_checkpoints), Macs (._x.jpg) and network disks (@eaDir) add is neither.
     """
@@ -287,18 +288,19 @@ def decode_photo(encoded: bytes) -> torch.Tensor:
     Of an animation, it is the first frame. Raises ValueError for what is no photo or would fill
     the memory, and RuntimeError for a damaged one.
     """
-    # Pillow reads no more than the header here. HEIC, which it does not know, has libheif's limits.
-    with contextlib.suppress(PIL.UnidentifiedImageError):
-        with PIL.Image.open(io.BytesIO(encoded)) as header:
-            width, height = header.size
-        if width * height > MAX_MEGAPIXELS * 1e6:
-            megapixels = f"{width * height / 1e6:.0f} megapixels"
-            raise ValueError(f"it has {megapixels}, and {MAX_MEGAPIXELS} are the limit")
-        if max(width, height) > 50 * min(width, height):
-            # Resized by its shorter side, it would fill the memory.
-            raise ValueError(f"{width} × {height} pixels are no photo")
+    width = height = frames = 1
+    # Whose header Pillow cannot read, as a HEIC file's, torchcodec reads or refuses.
+    with contextlib.suppress(Exception), PIL.Image.open(io.BytesIO(encoded)) as header:
+        width, height = header.size
+        frames = getattr(header, "n_frames", 1)  # All are decoded.
+    megapixels = width * height * frames / 1e6
+    if megapixels > MAX_MEGAPIXELS:
+        raise ValueError(f"its {megapixels:.0f} megapixels are over the limit, {MAX_MEGAPIXELS}")
+    if max(width, height) > 50 * min(width, height):
+        # Resized by its shorter side, it would fill the memory.
+        raise ValueError(f"{width} × {height} pixels are no photo")
     try:
-        decoded = decode_image(encoded)
+        decoded = decode_image(encoded)  # By default RGB, and turned as EXIF says.
     except ValueError:
         raise ValueError("it is no JPEG, PNG, WebP, GIF, AVIF or HEIC file") from None
     if decoded.ndim == 4:
@@ -306,14 +308,19 @@ def decode_photo(encoded: bytes) -> torch.Tensor:
     return decoded
 
 
+@functools.cache  # Making it takes longer than using it.
+def random_resized_crop(resolution: int) -> v2.RandomResizedCrop:
+    return v2.RandomResizedCrop(resolution, antialias=True)
+
+
 def random_crop(photo: torch.Tensor, resolution: int) -> torch.Tensor:
     """Train crop of (3, H, W) uint8: contiguous (R, R, 3) uint8, mirrored or not.
 
     In draws and pixels it is torchvision's RandomResizedCrop and RandomHorizontalFlip.
     """
-    place = RandomResizedCrop.get_params(photo, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
-    # Copied before it is resized: of a part of a photo, torch would copy the result instead.
-    cut_out = v2.functional.crop(photo, *place).movedim(0, -1).contiguous()
+    place = random_resized_crop(resolution).make_params([photo])
+    # Made contiguous, or resize would copy its result into another layout.
+    cut_out = v2.functional.crop(photo, **place).movedim(0, -1).contiguous()
     size = [resolution, resolution]
     resized = v2.functional.resize(cut_out.movedim(-1, 0), size, antialias=True)
     if torch.rand(1) < 0.5:
@@ -347,9 +354,18 @@ class CarPhotos(torch.utils.data.Dataset):
         self.seed = seed
 
     def __getitem__(self, key: tuple[str, int, int]) -> tuple[torch.Tensor, int]:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[tuple]) -> list[tuple]:
+        """The items of a batch of one split, whose rows are looked up at once."""
+        split = keys[0][0]
+        columns = self.cars[split][[row for _, _, row in keys]]
+        images = columns["image"]
+        crops = [self.load_crop(key, image) for key, image in zip(keys, images, strict=True)]
+        return list(zip(crops, columns["label"], strict=True))
+
+    def load_crop(self, key: tuple[str, int, int], image: dict | None) -> torch.Tensor:
         split, epoch, row = key
-        item = self.cars[split][row]
-        image = item["image"]
         if image is None:
             raise InputError(f"the {split} photo in row {row} is missing")
         name = image["path"] or f"in row {row}"
@@ -362,15 +378,15 @@ class CarPhotos(torch.utils.data.Dataset):
         with torch.random.fork_rng(devices=[]):  # Without workers, it is the program's own.
             # torch.manual_seed would go through all kinds of devices, which takes 0.1 ms.
             torch.default_generator.manual_seed(int(crop_seed))
-            return self.crops[split](photo, self.resolution), item["label"]
+            return self.crops[split](photo, self.resolution)
 
 
 def train_batch_sizes(num_photos: int, batch_size: int) -> list[int]:
     """How many photos each batch of an epoch has, over all processes.
 
-    A last batch of less than an eighth of the others is left out: the batch norm statistics of a
-    few photos would take a whole step, and a tenth of the running ones, before each evaluation.
-    Raises InputError where the processes cannot share the batches.
+    A last batch of less than an eighth of the others, or of less than two photos a process, is left
+    out: its batch norm statistics would decide a whole step, and a tenth of the running ones, just
+    before the evaluation. Raises InputError where the processes cannot share the batches.
     """
     if batch_size % WORLD_SIZE or min(batch_size, num_photos) < 2 * WORLD_SIZE:
         raise InputError(
@@ -415,7 +431,7 @@ def all_batches(num_train, batch_sizes, own_test_batches, epochs, seed) -> Itera
 def start_worker(worker: int):
     """End at Ctrl-C and with the main process, without a word."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # multiprocessing's thread that hands batches over would print the end of the main process.
+    # resource_sharer's thread, which hands batches over, would print the end of the main process.
     sys.excepthook = lambda *error: None
 
 
@@ -520,18 +536,13 @@ def read_checkpoint(path: Path) -> dict:
             name: value for name, value in model.state_dict().items() if not value.is_meta
         }
 
-        fields = {
-            "classes": list,
-            "resolution": int,
-            "epoch": int,
-            "settings": dict,
-            "history": list,
-        }
-        for name, field_type in fields.items():
-            if not isinstance(checkpoint.get(name, field_type()), field_type):
-                raise ValueError(f"its {name} is no {field_type.__name__}")
+        types = {"classes": list, "resolution": int, "epoch": int, "settings": dict}
+        types["history"] = list
+        for name in types.keys() & checkpoint.keys():
+            if not isinstance(checkpoint[name], types[name]):
+                raise ValueError(f"its {name} is no {types[name].__name__}")
         classes = checkpoint.get("classes", [""] * num_classes)
-        if [type(name) for name in classes] != [str] * num_classes:
+        if len(classes) != num_classes or not all(isinstance(name, str) for name in classes):
             raise ValueError(f"it names other than the {num_classes} classes of its fc")
         if not 32 <= checkpoint.get("resolution", 224) <= 4096:
             raise ValueError(f"its resolution is {checkpoint['resolution']} px")
@@ -731,11 +742,9 @@ def atomic_write(path: Path) -> Iterator[io.BufferedWriter]:
     Raises InputError where it cannot be written; `path` is then as it was.
     """
     draft = path.with_name(f".partial-{path.name}")
-    free = shutil.disk_usage(path.parent).free / 1e6
-    unharmed = ", the old one is whole" if path.exists() else ""
+    unharmed = " (the old one is whole)" if path.exists() else ""
     try:
-        message = f"cannot write {path} ({free:.0f} MB are free{unharmed})"
-        with reported_as(message, OSError, RuntimeError):
+        with reported_as(f"cannot write {path}{unharmed}", OSError, RuntimeError):
             with open(draft, "wb") as file:
                 yield file
             os.replace(draft, path)
@@ -751,7 +760,7 @@ def make_output_dir(folder: Path):
 
 
 def lock_folder(folder: Path) -> filelock.FileLock:
-    """Lock `folder` for this process, until it ends. Raises InputError where that cannot be."""
+    """Lock `folder` as long as the lock is referenced; raises InputError where that cannot be."""
     path = folder / ".lock"
     lock = filelock.FileLock(path, blocking=False)
     with reported_as(f"cannot lock {path}, which may be deleted while no run is writing there"):
@@ -799,7 +808,7 @@ def open_run(argv: list[str] | None) -> tuple:
         read_checkpoint(folder / "best_model.pth")
     except InputError as error:
         best = best_epoch(checkpoint["history"])["epoch"]
-        say(f"{error}; an epoch better than {best} will write it again")
+        say(f"{error}; the next epoch that is better than epoch {best} writes it again")
     return args, checkpoint, lock
 
 
@@ -826,7 +835,7 @@ def check_same_data(data: dict):
 
 
 def restore_states(checkpoint: dict, num_photos: dict, stateful: dict):
-    """Load the states of `checkpoint` into the components of `stateful`."""
+    """Load the states of `checkpoint` into `stateful`; raises InputError for other photos."""
     if checkpoint["num_photos"] != num_photos:
         before = checkpoint["num_photos"]
         raise InputError(
@@ -900,19 +909,17 @@ def plot_history(history: list[dict]) -> Figure:
     return figure
 
 
-def finish_epoch(checkpoint: dict, folder: Path, epochs: int, is_first: bool):
+def finish_epoch(checkpoint: dict, folder: Path, epochs: int):
     """Write the run, and then print the line of its last epoch: what is printed is saved."""
     write_run(checkpoint, folder)
     row = checkpoint["history"][-1]
     minutes_left = (epochs - row["epoch"]) * row["seconds"] / 60
-    # The first epoch may have compiled too.
-    left = "" if is_first else f"  {minutes_left:.1f} min left"
     say(
         f"epoch {row['epoch']}/{epochs}  lr {row['lr']:.3g}  "
         f"train loss {row['train_loss']:.4f} acc {row['train_accuracy']:.2%}  "
         f"test loss {row['test_loss']:.4f} acc {row['test_accuracy']:.2%}  "
         f"{row['seconds']:.1f} s  {row['photos_per_second']:.1f} photos/s  "
-        f"{row['input_wait']:.0%} waiting for photos{left}"
+        f"{row['input_wait']:.0%} waiting for photos  {minutes_left:.1f} min left"
     )
 
 
@@ -925,7 +932,7 @@ def say_summary(history: list[dict]):
     )
 
 
-# ---------------------------------------------------------------- process
+# ---------------------------------------------------------------- errors and processes
 
 SMALL_SHARED_MEMORY = (
     "the shared memory in /dev/shm (df -h shows its size) is too small: "
@@ -944,7 +951,7 @@ ADVICE = {
     "DataLoader worker (pid": "a worker has ended: where memory was short, use fewer --workers",
     "DataLoader timed out": "the workers hand nothing over: look at the disk, or use --workers 0",
     "EADDRINUSE": "the port is taken: choose another with --master-port",
-    "torch.distributed": "another process of this run has ended: its message tells why",
+    "torch.distributed": "another process of this run has ended, or cannot be reached",
     "by peer": "another process of this run has ended: its message tells why",
 }
 
@@ -994,9 +1001,8 @@ def run_command(main: Callable[[], None]) -> int:
 
 
 def start_process():
-    """Join the processes that torchrun started, if it did."""
-    several = WORLD_SIZE > 1 or RANK > 0
-    if several and "MASTER_ADDR" not in os.environ:
+    """Set torch up, and join the processes that torchrun started, if it did."""
+    if (WORLD_SIZE > 1 or RANK > 0) and "MASTER_ADDR" not in os.environ:
         raise InputError(
             f"RANK is {RANK} and WORLD_SIZE is {WORLD_SIZE}, and MASTER_ADDR is not set: "
             "start several processes with torchrun, and for one, unset these variables"
@@ -1014,12 +1020,15 @@ def start_process():
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
 
 
+# ---------------------------------------------------------------- main
+
+
 def main(argv: list[str] | None = None):
     start_process()
     args = None
     checkpoint = None
     if RANK == 0:
-        args, checkpoint, lock = open_run(argv)  # The process holds the lock until it ends.
+        args, checkpoint, lock = open_run(argv)  # `lock` is held until main returns.
     if WORLD_SIZE > 1:
         # All take the flags and the run of the first process, so that they cannot differ.
         opened = [args, checkpoint]
@@ -1062,9 +1071,8 @@ def main(argv: list[str] | None = None):
     train_forward = network
     test_forward = model
     if args.compile:
-        own_batch_size = batch_sizes[0] // WORLD_SIZE
-        train_forward = compile_full_batches(network, own_batch_size)
-        test_forward = compile_full_batches(model, own_batch_size)
+        train_forward = compile_full_batches(network, batch_sizes[0] // WORLD_SIZE)
+        test_forward = compile_full_batches(model, args.batch_size // WORLD_SIZE)
     fused = DEVICE.type == "cuda"
     optimizer = torch.optim.SGD(
         model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=fused
@@ -1085,9 +1093,10 @@ def main(argv: list[str] | None = None):
     keys = all_batches(num_photos["train"], batch_sizes, own_test_batches, epochs, args.seed)
     batches = iter(make_loader(photos, keys, args.workers))
     if args.overwrite and RANK == 0:
+        # Else --resume, after a kill in the first epoch, would go on with the old run.
         for name in RUN_FILES:
             (args.output_dir / name).unlink(missing_ok=True)
-    say("Ctrl-C is safe: --resume goes on after the last epoch that was printed")
+    say("Ctrl-C is safe once an epoch is printed: --resume goes on after the last one")
     epoch_start = time.perf_counter()
     written = None
     with ThreadPoolExecutor(max_workers=1) as writer:  # Its end waits for what is being written.
@@ -1126,10 +1135,7 @@ def main(argv: list[str] | None = None):
                 states = {name: component.state_dict() for name, component in stateful.items()}
                 copied = copy_to_cpu({**run, **states, "epoch": epoch, "history": history})
                 # A thread writes it while the next epoch trains.
-                is_first = epoch == epochs[0]
-                written = writer.submit(
-                    finish_epoch, copied, args.output_dir, args.epochs, is_first
-                )
+                written = writer.submit(finish_epoch, copied, args.output_dir, args.epochs)
         if RANK == 0:
             written.result()
     if WORLD_SIZE > 1:

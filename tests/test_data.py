@@ -393,6 +393,7 @@ def test_crops_equal_the_pil_path_within_one(size, resolution):
     for ours, theirs in pairs:
         assert ours.dtype == torch.uint8
         assert ours.shape == (resolution, resolution, 3)
+        assert ours.is_contiguous()
         assert np.abs(ours.numpy().astype(int) - np.asarray(theirs)).max() <= 1
 
 

@@ -213,7 +213,7 @@ def test_gradcam_figure_has_a_cell_a_photo(count):
     maps[:, 10:20, 10:20] = 1
     title = "true: Rolls-Royce Phantom Drophead Coupe Convertible 2012\npredicted: Van\nright"
     crop = torch.zeros(64, 64, 3, dtype=torch.uint8)
-    cells = [evaluation.Cell(crop, label=0, title=title, color="black")] * count
+    cells = [evaluation.Cell(crop, target=0, title=title, color="black")] * count
     figure = evaluation.plot_grad_cam(cells=cells, maps=maps)
     assert len(figure.axes) == count
     assert figure.get_size_inches()[0] < 13.3

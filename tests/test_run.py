@@ -161,7 +161,7 @@ def test_resuming_says_that_the_best_model_is_lost(finished, tmp_path, run_train
     flags = ["--output-dir", folder, "--step-size", 1, "--epochs", 2, "--resume"]
     out = success(run_train(*flags))
     assert f"{best} is missing, damaged" in out
-    assert "an epoch better than 1" in out
+    assert "better than epoch 1" in out
 
 
 # ---------------------------------------------------------------- kills
@@ -239,7 +239,7 @@ def test_ctrl_c_ends_at_once_and_holds_nobody_up(long_run, tmp_path, run_train):
     status, out, err = long_run.end()
     assert status == -signal.SIGINT
     assert err == ""
-    assert "\nCtrl-C is safe: --resume goes on after the last epoch that was printed\n" in out
+    assert "\nCtrl-C is safe once an epoch is printed: --resume goes on after the last one\n" in out
     assert load(tmp_path / "run/last_checkpoint.pth")["epoch"] >= 2
     success(run_train(*flags))
 
@@ -300,8 +300,7 @@ def test_a_full_disk_leaves_the_old_files(run_train, finished, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
         err = refusal(run_train(*flags))
-    assert "last_checkpoint.pth (" in err
-    assert " MB are free, the old one is whole): [Errno 28] No space left on device" in err
+    assert "last_checkpoint.pth (the old one is whole): [Errno 28] No space left" in err
     after = read_folder(folder)
     assert after.keys() == before.keys()
     assert after["last_checkpoint.pth"] == before["last_checkpoint.pth"]
