@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import functools
 import glob
+import io
 import json
 import math
 import os
@@ -219,8 +220,7 @@ def write_metrics(metrics: dict, args: argparse.Namespace):
     contents = {**metrics, "settings": vars(args), "versions": versions}
     text = json.dumps(contents, indent=2, ensure_ascii=False, default=str)
     path = args.output_dir / "metrics.json"
-    with train.atomic_write(path) as file:
-        file.write(text.encode())
+    train.atomic_write(path, text.encode())
     print(f"\nwrote {path}")
 
 
@@ -244,8 +244,9 @@ def use_fonts_for(text: str):
 
 
 def save_figure(figure: Figure, path: Path):
-    with train.atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=100)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=100)
+    train.atomic_write(path, picture.getvalue())
     print(f"wrote {path}")
 
 

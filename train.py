@@ -735,18 +735,16 @@ def parse_args(argv: list[str] | None, settings: dict | None = None) -> argparse
 # ---------------------------------------------------------------- a run, from start to end
 
 
-@contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[io.BufferedWriter]:
-    """Open a file beside `path`, and move it over `path` once it is written.
+def atomic_write(path: Path, contents: bytes):
+    """Write a file beside `path`, and move it over `path` once it is whole.
 
     Raises InputError where it cannot be written; `path` is then as it was.
     """
     draft = path.with_name(f".partial-{path.name}")
     unharmed = " (the old one is whole)" if path.exists() else ""
     try:
-        with reported_as(f"cannot write {path}{unharmed}", OSError, RuntimeError):
-            with open(draft, "wb") as file:
-                yield file
+        with reported_as(f"cannot write {path}{unharmed}"):
+            draft.write_bytes(contents)
             os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
@@ -871,24 +869,28 @@ def write_run(checkpoint: dict, folder: Path):
     # Contiguous as torchvision's, and not channels_last.
     model = {name: value.contiguous() for name, value in checkpoint["model"].items()}
     checkpoint = {**checkpoint, "model": model}
-    with atomic_write(folder / "last_checkpoint.pth") as file:
-        torch.save(checkpoint, file)
+    atomic_write(folder / "last_checkpoint.pth", to_bytes(checkpoint))
     best = best_epoch(history)
     if best is history[-1]:
         names = ("model", "classes", "resolution", "epoch", "settings")
         best_model = {name: checkpoint[name] for name in names}
         best_model["test_accuracy"] = best["test_accuracy"]
-        with atomic_write(folder / "best_model.pth") as file:
-            torch.save(best_model, file)
+        atomic_write(folder / "best_model.pth", to_bytes(best_model))
     table = io.StringIO(newline="")
     rows = csv.DictWriter(table, fieldnames=list(history[-1]))
     rows.writeheader()
     rows.writerows(history)
-    with atomic_write(folder / "history.csv") as file:
-        file.write(table.getvalue().encode())
-    figure = plot_history(history)
-    with atomic_write(folder / "training_curves.png") as file:
-        figure.savefig(file, format="png")
+    atomic_write(folder / "history.csv", table.getvalue().encode())
+    picture = io.BytesIO()
+    plot_history(history).savefig(picture, format="png")
+    atomic_write(folder / "training_curves.png", picture.getvalue())
+
+
+def to_bytes(checkpoint: dict) -> bytes:
+    """What torch.save writes. Writing to a full disk itself, it would hide the system's reason."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    return buffer.getvalue()
 
 
 def plot_history(history: list[dict]) -> Figure:

@@ -4,11 +4,10 @@ SPY_NOTES      a folder: each process notes its weights at the end and the photo
 SPY_STILL      hold batch norm still, which else sees a process's own photos
 SPY_FLAGS      flags of the second process alone
 SPY_ENDS_AT    the number of decoded photos at which the second process ends, once
-SPY_KILLED_AT  the number of checkpoints written and files moved at which the process is killed
+SPY_KILLED_AT  the number of files written and files moved at which the process is killed
 """
 
 import hashlib
-import io
 import json
 import os
 import signal
@@ -28,7 +27,7 @@ KILLED_AT = int(os.environ.get("SPY_KILLED_AT", 0))
 
 decode_photo = train.decode_photo
 build_model = train.build_model
-save = torch.save
+write_bytes = Path.write_bytes
 replace = os.replace
 photos = []
 models = []
@@ -61,14 +60,11 @@ def is_killed_now() -> bool:
     return len(writes) == KILLED_AT
 
 
-def killed_save(value, file):
+def killed_write_bytes(path, contents):
     if is_killed_now():
-        whole = io.BytesIO()
-        save(value, whole)
-        file.write(whole.getvalue()[: whole.tell() // 2])
-        file.flush()
+        write_bytes(path, contents[: len(contents) // 2])
         os.kill(os.getpid(), signal.SIGKILL)
-    save(value, file)
+    return write_bytes(path, contents)
 
 
 def killed_replace(source, destination):
@@ -85,10 +81,10 @@ if __name__ == "__main__":
     train.decode_photo = noting_decode_photo
     train.build_model = noting_build_model
     if KILLED_AT:
-        torch.save = killed_save
+        Path.write_bytes = killed_write_bytes
         os.replace = killed_replace
     status = train.run_command(train.main)
     if "SPY_NOTES" in os.environ and models:
-        save(models[-1].state_dict(), NOTES / f"rank{RANK}.pth")
+        torch.save(models[-1].state_dict(), NOTES / f"rank{RANK}.pth")
         (NOTES / f"rank{RANK}.json").write_text(json.dumps(photos))
     sys.exit(status)
