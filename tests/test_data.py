@@ -3,7 +3,10 @@
 import hashlib
 import shutil
 import struct
+import time
+import unicodedata
 import zlib
+from pathlib import Path
 
 import datasets
 import huggingface_hub
@@ -11,7 +14,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from files import encode, jpeg, read_history, rows, write_dataset
+from files import assert_same_weights, encode, jpeg, load, read_history, rows, write_dataset
 from PIL import Image
 from scripts import SMALL, refusal, run, success
 from stand_in_hub import stand_in_hub
@@ -101,6 +104,130 @@ def test_classes_behind_links_and_in_deeper_folders_are_found(tmp_path):
     assert list(cars["train"]["label"]) == [0, 1, 2]
 
 
+def write_folders(folder: Path, names: list[str]) -> Path:
+    """Write a photo under each of `names`, which are SPLIT/CLASS/FILE."""
+    for seed, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(jpeg(seed))
+    return folder
+
+
+@pytest.fixture
+def two_folders(tmp_path) -> Path:
+    """A data set of two classes in folders, with eight train photos."""
+    names = [f"train/{name}/{row}.jpg" for name in "ab" for row in range(4)]
+    return write_folders(tmp_path / "cars", [*names, "test/a/0.jpg", "test/b/0.jpg"])
+
+
+HIDDEN = [
+    ".ipynb_checkpoints/car.jpg",
+    "a/.ipynb_checkpoints/car.jpg",
+    "@eaDir/car.jpg",
+    "a/@eaDir/car.jpg/small.jpg",
+    "a/._0.jpg",
+]
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_what_other_programs_hide_among_the_photos_is_passed_over(two_folders, name):
+    write_folders(two_folders, [f"train/{name}", f"test/{name}"])
+    cars = train.load_cars(str(two_folders))
+    assert cars["train"].features["label"].names == ["a", "b"]
+    assert len(cars["train"]) == 8
+    assert len(cars["test"]) == 2
+
+
+def test_photos_of_every_suffix_are_trained_on(two_folders, run_train, tmp_path):
+    photo = Image.new("RGB", (48, 32))
+    formats = {"jfif": "JPEG", "JPG": "JPEG", "png": "PNG", "gif": "GIF", "webp": "WEBP"}
+    for suffix, kind in {**formats, "avif": "AVIF"}.items():
+        (two_folders / f"train/a/more.{suffix}").write_bytes(encode(photo, format=kind))
+    (two_folders / "train/a/misnamed.jpg").write_bytes(encode(photo, format="AVIF"))
+    flags = ["--dataset", two_folders, "--epochs", 1, "--output-dir", tmp_path / "run"]
+    out = success(run_train(*flags))
+    assert "15 train and 2 test photos" in out
+    assert "left out" not in out
+
+
+def test_the_files_that_are_left_out_are_counted_with_an_example(two_folders, capsys):
+    write_folders(two_folders, ["train/a/scan.bmp", "train/b/notes.txt", "test/stray.jpg"])
+    train.load_cars(str(two_folders))
+    in_train, in_test = capsys.readouterr().out.splitlines()
+    assert f"2 files in {two_folders / 'train'}, such as " in in_train
+    assert "scan.bmp" in in_train
+    assert f"1 files in {two_folders / 'test'}, such as " in in_test
+    assert "stray.jpg" in in_test
+
+
+@pytest.mark.parametrize("name", ["train/a/Citro\udcebn.jpg", "train/Citro\udcebn/0.jpg"])
+def test_a_name_that_is_not_utf8_is_said(two_folders, run_train, tmp_path, name):
+    write_folders(two_folders, [name])
+    err = refusal(run_train("--dataset", two_folders, "--output-dir", tmp_path / "run"))
+    assert "Citro\\udcebn" in err
+    assert "is not named in UTF-8" in err
+
+
+def test_a_data_set_in_a_folder_that_is_not_named_in_utf8_is_said(run_train, tmp_path):
+    folder = write_folders(tmp_path / "Citro\udcebn", ["train/a/0.jpg", "test/a/0.jpg"])
+    err = refusal(run_train("--dataset", folder, "--output-dir", tmp_path / "run"))
+    assert "Citro" in err
+    assert "UTF-8" in err
+
+
+# ---------------------------------------------------------------- classes
+
+
+def move_test_split(source: Path, folder: Path):
+    shutil.move(source / "data/test-0.parquet", folder / "data/test-0.parquet")
+
+
+def test_the_same_classes_in_another_order_are_mapped_by_name(tmp_path):
+    photos = rows(4)
+    folder = write_dataset(tmp_path / "cars", photos, photos, ["a", "b"])
+    turned_around = [(encoded, 1 - label) for encoded, label in photos]
+    move_test_split(write_dataset(tmp_path / "other", photos, turned_around, ["b", "a"]), folder)
+    test = train.load_cars(str(folder))["test"]
+    assert test.features["label"].names == ["a", "b"]
+    assert list(test["label"]) == [label for _, label in photos]
+    assert [item["image"]["bytes"] for item in test] == [encoded for encoded, _ in photos]
+
+
+def test_names_are_equal_in_every_form_of_unicode(tmp_path):
+    names = [unicodedata.normalize(form, "Citroën") for form in ("NFC", "NFD")]
+    folder = write_folders(tmp_path, [f"train/{names[0]}/0.jpg", f"test/{names[1]}/0.jpg"])
+    assert list(train.load_cars(str(folder))["test"]["label"]) == [0]
+
+
+def test_classes_that_differ_are_named_and_counted(tmp_path):
+    names = ["train/a/0.jpg", "train/b/0.jpg", "test/a/0.jpg", "test/c/0.jpg", "test/d/0.jpg"]
+    folder = write_folders(tmp_path, names)
+    with pytest.raises(train.InputError) as error:
+        train.load_cars(str(folder))
+    assert "it has 3 classes" in str(error.value)
+    assert "train split 2" in str(error.value)
+    assert "only here: ['c', 'd'], missing: ['b']" in str(error.value)
+
+
+@pytest.fixture
+def bare_cars(cars, tmp_path) -> Path:
+    """The drawn data set without features in its files, as pandas, polars and DuckDB write them."""
+    folder = shutil.copytree(cars, tmp_path / "bare")
+    for path in folder.glob("data/*"):
+        table = pyarrow.parquet.read_table(path)
+        pyarrow.parquet.write_table(table.replace_schema_metadata(), path)
+    return folder
+
+
+def test_the_card_names_the_classes_of_files_without_features(cars, bare_cars):
+    expected = train.load_cars(str(cars))["test"]
+    test = train.load_cars(str(bare_cars))["test"]
+    assert test.features == expected.features
+    assert list(test) == list(expected)
+
+
+# ---------------------------------------------------------------- caches and the Hub
+
+
 def test_a_local_folder_that_changes_is_read_anew(tmp_path):
     for width in (30, 60):
         shutil.rmtree(tmp_path / "cars", ignore_errors=True)
@@ -142,6 +269,41 @@ def test_the_default_data_set_is_downloaded_once(cars, tmp_path, run_train, hub_
 
     hub_at("http://127.0.0.1:9")
     success(run_train(*flags, tmp_path / "unreachable"))
+
+
+@pytest.mark.parametrize("network", ["turned off", "out of reach"])
+def test_half_of_the_default_data_set_is_not_enough_without_the_hub(
+    cars, tmp_path, run_train, hub_at, monkeypatch, network
+):
+    with stand_in_hub(cars, train.DEFAULT_DATASET, train.DATASET_REVISION) as (url, _):
+        hub_at(url)
+        train.load_cars(train.DEFAULT_DATASET, ("train",))
+    hub_at("http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", network == "turned off")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # It asks six times.
+    flags = ["--dataset", train.DEFAULT_DATASET, "--output-dir", tmp_path / "run"]
+    status, _, err = run_train(*flags)
+    assert status == 1
+    line = err.splitlines()[-1]
+    assert str(tmp_path / "cache") in line
+    assert "not whole" in line
+    assert "out of reach" in line
+
+
+def test_a_misspelt_folder_is_no_folder_and_no_data_set_of_the_hub(run_train, tmp_path):
+    status, out, err = run_train("--dataset", "foldr", "--output-dir", tmp_path)
+    assert "there is no folder foldr: looking for such a data set on the Hub" in out
+    refused = refusal((status, out, err))
+    assert "foldr is no folder" in refused
+    assert "Hub" in refused
+
+
+def test_the_variable_of_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("a file where the cache should be")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = write_dataset(tmp_path / "cars", rows(4), rows(4), ["a", "b"])
+    with pytest.raises(train.InputError, match=f"HF_DATASETS_CACHE={tmp_path / 'cache'}: "):
+        train.load_cars(str(folder))
 
 
 @pytest.mark.slow
@@ -269,6 +431,15 @@ def turned(orientation: int, **options) -> bytes:
     return encode(photo, exif=exif.tobytes(), **options)
 
 
+def with_a_malformed_tag(orientation: int) -> bytes:
+    """A JPEG file whose EXIF data hold an orientation, and a unit in letters."""
+    entries = struct.pack(">HHIHxx", 0x0112, 3, 1, orientation)
+    entries += struct.pack(">HHI4s", 0x0128, 2, 4, b"inch")
+    exif = b"MM\0*" + struct.pack(">IH", 8, 2) + entries + struct.pack(">I", 0)
+    photo = upright().transpose(STORED_AS[orientation])
+    return encode(photo, quality=95, exif=b"Exif\0\0" + exif)
+
+
 def animated(kind: str) -> bytes:
     white = Image.new("RGB", (48, 32), "white")
     return encode(upright(), format=kind, save_all=True, append_images=[white], lossless=True)
@@ -308,6 +479,7 @@ TAKEN = {
     "gif": (lambda: encode(upright(), format="GIF"), upright()),
     "animated gif": (lambda: animated("GIF"), upright()),
     "avif": (lambda: encode(upright(), format="AVIF", quality=95), upright()),
+    "exif with a malformed tag": (lambda: with_a_malformed_tag(6), upright()),
     "one pixel": (
         lambda: encode(Image.new("RGB", (1, 1), "red")),
         Image.new("RGB", (1, 1), (254, 0, 0)),
@@ -345,8 +517,6 @@ REFUSED = {
     "empty": lambda: b"",
     "cut off": lambda: encode(upright().resize((600, 400)))[:3000],
     "text": lambda: b"a text named .jpg",
-    "bmp": lambda: encode(upright(), format="BMP"),
-    "tiff": lambda: encode(upright(), format="TIFF"),
     "1 x 5000": lambda: encode(Image.new("RGB", (1, 5000))),
     "bomb of 400 million pixels": lambda: one_colour_png(20000, 20000, 1),
     # Pillow would hand it to Ghostscript.
@@ -362,12 +532,56 @@ def test_what_is_no_photo_is_refused_by_its_row(kind, run_train, tmp_path):
     assert "the test photo in row 1 cannot be decoded" in err
 
 
+NOT_READ = {
+    "bmp": lambda: encode(upright(), format="BMP"),
+    "tiff": lambda: encode(upright(), format="TIFF"),
+    "float tiff": lambda: encode(Image.fromarray(np.float32(grey(np.uint8))), format="TIFF"),
+    "ppm": lambda: encode(upright(), format="PPM"),
+    "16-bit pgm": lambda: b"P5 48 32 65535\n" + grey(np.uint16).astype(">u2").tobytes(),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_READ)
+def test_a_photo_of_another_format_is_refused_with_the_formats_that_are_read(kind):
+    with pytest.raises(ValueError) as error:
+        train.decode_photo(NOT_READ[kind]())
+    assert str(error.value) == "it is no JPEG, PNG, WebP, GIF, AVIF or HEIC file"
+
+
+def test_a_photo_of_a_folder_is_refused_by_its_path(two_folders, run_train, tmp_path):
+    path = two_folders / "test/b/0.jpg"
+    path.write_bytes(NOT_READ["bmp"]())
+    err = refusal(run_train("--dataset", two_folders, "--output-dir", tmp_path / "run"))
+    assert f"the test photo {path} cannot be decoded: it is no JPEG, PNG, " in err
+    assert " at 0x" not in err
+
+
+def test_a_row_without_a_photo_is_called_missing(run_train, tmp_path):
+    folder = write_dataset(tmp_path / "cars", rows(8), [*rows(1), (None, 0)], ["a", "b"])
+    err = refusal(run_train("--dataset", folder, "--output-dir", tmp_path / "run"))
+    assert "the test photo in row 1 is missing" in err
+
+
+def test_a_bomb_is_refused_by_its_megapixels():
+    with pytest.raises(ValueError, match="it has 400 megapixels, and 256 are the limit"):
+        train.decode_photo(one_colour_png(20000, 20000, 1))
+
+
+def test_a_phones_200_megapixels_are_not_too_many():
+    # The file has one row of them: it is refused as damaged, which takes no memory.
+    with pytest.raises(RuntimeError) as error:
+        train.decode_photo(one_colour_png(20000, 10000, 1))
+    assert "megapixels" not in str(error.value)
+
+
 def test_a_worker_too_names_the_row_of_a_photo_that_it_cannot_decode(run_train, tmp_path):
     photos = rows(8)
     photos[3] = (photos[3][0][:200], 1)
     folder = write_dataset(tmp_path / "cars", photos, rows(8), ["a", "b"])
     flags = ["--dataset", folder, "--output-dir", tmp_path / "run", "--workers", 1]
-    assert "the train photo in row 3 cannot be decoded" in refusal(run_train(*flags))
+    err = refusal(run_train(*flags))
+    assert ": the train photo in row 3 cannot be decoded: " in err
+    assert "Traceback" not in err
 
 
 # ---------------------------------------------------------------- crops
@@ -418,6 +632,14 @@ def test_random_crops_are_torchvisions(resolution):
         assert torch.equal(ours, v2.RandomHorizontalFlip()(crop).movedim(0, -1))
 
 
+def test_crops_are_contiguous():
+    photo = torch.zeros(40, 60, 3, dtype=torch.uint8).movedim(-1, 0)
+    assert train.center_crop(photo, 33).is_contiguous()
+    for seed in range(8):  # Some of these are mirrored.
+        torch.manual_seed(seed)
+        assert train.random_crop(photo, 33).is_contiguous()
+
+
 @pytest.fixture
 def drawn(run_train, tmp_path, monkeypatch):
     """Run train.py; returns, for each photo in the order of training, its name and its crop's."""
@@ -463,3 +685,41 @@ def test_two_photos_of_an_epoch_have_two_draws(drawn, tmp_path):
     flags = ["--dataset", folder, "--batch-size", 4, "--output-dir", tmp_path / "run"]
     crops = drawn(*flags, "--epochs", 1)
     assert len(set(crops)) == 4
+
+
+# ---------------------------------------------------------------- the last batch of an epoch
+
+
+def epochs_of(drawn, tmp_path, photos: int, epochs: int) -> list[set[str]]:
+    """The names of the photos that each epoch uses, of so many in batches of 24."""
+    folder = write_dataset(tmp_path / "cars", rows(photos), rows(2), ["a", "b"])
+    flags = ["--dataset", folder, "--batch-size", 24, "--epochs", epochs, "--output-dir"]
+    used = [photo for photo, _ in drawn(*flags, tmp_path / "run")]
+    size = len(used) // epochs
+    return [set(used[start : start + size]) for start in range(0, len(used), size)]
+
+
+def test_a_last_batch_of_an_eighth_is_kept(drawn, tmp_path):
+    (used,) = epochs_of(drawn, tmp_path, photos=27, epochs=1)
+    assert len(used) == 27
+
+
+def test_a_smaller_last_batch_is_left_out_and_its_photos_come_in_other_epochs(drawn, tmp_path):
+    used = epochs_of(drawn, tmp_path, photos=26, epochs=3)
+    assert [len(photos) for photos in used] == [24, 24, 24]
+    assert len(set.union(*used)) == 26
+
+
+def test_the_plan_says_how_many_photos_an_epoch_leaves_out(run_train, tmp_path):
+    flags = ["--epochs", 1, "--output-dir"]
+    left_out = "each epoch leaves out 1 of them"
+    assert left_out in success(run_train(*flags, tmp_path / "1", "--batch-size", 15))
+    assert "leaves out" not in success(run_train(*flags, tmp_path / "2", "--batch-size", 14))
+
+
+def test_a_batch_size_above_the_split_is_one_batch_of_all(run_train, tmp_path):
+    flags = ["--epochs", 1, "--output-dir"]
+    success(run_train(*flags, tmp_path / "16", "--batch-size", 16))
+    success(run_train(*flags, tmp_path / "999", "--batch-size", 999))
+    all_at_once = load(tmp_path / "16/best_model.pth")["model"]
+    assert_same_weights(all_at_once, load(tmp_path / "999/best_model.pth")["model"])
