@@ -1,13 +1,17 @@
 """Checkpoints and weights: which are taken, and that the others are refused before they do harm."""
 
+import argparse
+import json
 import math
 import os
 import pickle
 import random
 import socket
 import threading
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from files import assert_same_weights, load
@@ -125,6 +129,91 @@ def test_what_is_wrong_is_said(good, tmp_path):
     assert "names other than the 8 classes" in refused(tmp_path / "bad.pth")
 
 
+# What other programs write, and the word that says why it is refused.
+OTHERS = {
+    "a whole model": (lambda state: small_resnet(), "torchvision.models.resnet.ResNet"),
+    "model_state_dict": (lambda state: {"model_state_dict": state, "epoch": 1}, "model_state_dict"),
+    "net": (lambda state: {"net": state, "acc": 0.5}, "net"),
+    "lightning": (
+        lambda state: {"state_dict": {f"model.{name}": state[name] for name in state}},
+        "model.",
+    ),
+    "a list": (lambda state: [state], "list"),
+    "none": (lambda state: None, "None"),
+    "code": (lambda state: {"state_dict": state, "hook": Code()}, "mkdir"),
+    "a terminal's escapes": (lambda state: {"\x1b[31mred": state}, "red"),
+}
+
+
+def refused_by_eval(run_eval, path: Path) -> str:
+    """What eval.py says of a checkpoint, without the folder's name."""
+    err = refusal(run_eval("--checkpoint", path, "--output-dir", path.parent))
+    return err.replace(str(path.parent), "")
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_the_reason_that_a_checkpoint_of_another_program_is_refused_fits_a_line(
+    run_eval, good, tmp_path, monkeypatch, kind
+):
+    monkeypatch.chdir(tmp_path)
+    make, word = OTHERS[kind]
+    torch.save(make(good["model"]), tmp_path / "other.pth")
+    err = refused_by_eval(run_eval, tmp_path / "other.pth")
+    assert word in err
+    assert len(err) < 300
+    assert "\x1b" not in err
+    assert "weights_only" not in err
+    assert not (tmp_path / "ran").exists(), "code in the checkpoint was run"
+
+
+def test_safetensors_are_no_file_of_torch_save(run_eval, tmp_path):
+    header = json.dumps({"fc.bias": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}})
+    content = len(header).to_bytes(8, "little") + header.encode() + bytes(4)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    err = refused_by_eval(run_eval, tmp_path / "model.safetensors")
+    assert "no file of torch.save" in err
+    assert len(err) < 300
+    assert "weights_only" not in err
+
+
+# ---------------------------------------------------------------- what other programs keep
+
+
+SCALARS = [np.float64(0.5), np.float32(0.5), np.int64(3), np.int32(3), np.bool_(True)]
+
+
+def save_as_numpy_1(value, path: Path):
+    """torch.save with the name that numpy 1 has for the function of a scalar."""
+    torch.save(value, path.with_name("of_numpy_2.pth"))
+    with (
+        zipfile.ZipFile(path.with_name("of_numpy_2.pth")) as source,
+        zipfile.ZipFile(path, "w") as copy,
+    ):
+        for name in source.namelist():
+            content = source.read(name)
+            if name.endswith("/data.pkl"):
+                assert b"numpy._core.multiarray" in content
+                content = content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+            copy.writestr(name, content)
+
+
+@pytest.mark.parametrize("save", [torch.save, save_as_numpy_1])
+def test_numpy_scalars_beside_the_weights_are_read(good, tmp_path, save):
+    save({"model": good["model"], "best": SCALARS}, tmp_path / "weights.pth")
+    read = train.read_checkpoint(tmp_path / "weights.pth")
+    assert read["best"] == SCALARS
+    assert_same_weights(read["model"], good["model"])
+
+
+def test_a_checkpoint_of_torchvisions_references_is_read(good, tmp_path):
+    # So does timm, with the weights as its state_dict.
+    flags = argparse.Namespace(lr=0.1, model="resnet50", data_path=None)
+    for name in ("model", "state_dict"):
+        torch.save({name: good["model"], "epoch": 1, "args": flags}, tmp_path / "weights.pth")
+        read = train.read_checkpoint(tmp_path / "weights.pth")
+        assert_same_weights(read["model"], good["model"])
+
+
 # ---------------------------------------------------------------- by eval.py
 
 
@@ -206,6 +295,25 @@ def test_a_thousand_classes_start_a_run_with_a_new_fc(run_train, tmp_path):
     assert load(tmp_path / "run/best_model.pth")["model"]["fc.bias"].shape == (8,)
 
 
+def backbone(state: dict) -> dict:
+    return {name: state[name] for name in state if not name.startswith("fc.")}
+
+
+def test_a_backbone_without_fc_starts_a_run(run_train, tmp_path):
+    pretrained = small_resnet().state_dict()
+    torch.save(backbone(pretrained), tmp_path / "backbone.pth")
+    flags = ["--weights", tmp_path / "backbone.pth", "--epochs", 1, "--lr", 1e-9]
+    success(run_train(*flags, "--output-dir", tmp_path / "run"))
+    saved = load(tmp_path / "run/best_model.pth")["model"]
+    assert saved["fc.weight"].shape == (8, 2048)
+    assert torch.allclose(saved["conv1.weight"], pretrained["conv1.weight"], atol=1e-5)
+
+
+def test_a_backbone_without_fc_is_not_evaluated(run_eval, good, tmp_path):
+    torch.save(backbone(good["model"]), tmp_path / "backbone.pth")
+    assert "has no fc" in refused_by_eval(run_eval, tmp_path / "backbone.pth")
+
+
 def test_weights_as_other_programs_store_them(good, tmp_path):
     state = good["model"]
     without_counts = {name: state[name] for name in state if "num_batches_tracked" not in name}
@@ -229,6 +337,13 @@ def test_eval_takes_a_bare_state_dict(run_eval, good, cars, finished, tmp_path):
     flags = ["--checkpoint", tmp_path / "bare", "--dataset", cars, "--resolution", 33]
     out = success(run_eval(*flags, "--num-gradcam", 0, "--output-dir", tmp_path))
     assert f"({round(8 * best['test_accuracy'])}/8, " in out
+    assert "names no classes: those of the data set are assumed" in out
+    assert "in its order" in out
+
+
+def test_eval_assumes_no_classes_where_the_checkpoint_names_them(run_eval, finished, tmp_path):
+    flags = ["--checkpoint", finished / "best_model.pth", "--num-gradcam", 0]
+    assert "assumed" not in success(run_eval(*flags, "--output-dir", tmp_path))
 
 
 def test_the_default_weights_get_a_new_fc_and_a_cut_off_download_is_named(

@@ -7,11 +7,16 @@ import math
 import os
 import re
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
 from files import encode, jpeg, load, rows, write_dataset
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontEntry, fontManager
 from PIL import Image
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
@@ -309,9 +314,111 @@ def test_one_test_photo_all_wrong(run_eval, untrained, tmp_path):
 def test_no_gradcam_and_another_resolution(run_eval, untrained, tmp_path):
     flags = ["--checkpoint", untrained, "--dataset", two_classes(tmp_path, label=0)]
     flags += ["--output-dir", tmp_path / "out", "--num-gradcam", 0, "--resolution", 40]
+    (tmp_path / "out").mkdir()
+    for name in ("gradcam_samples.png", "gradcam_worst.png"):
+        (tmp_path / "out" / name).write_bytes(b"of an older run")
     assert "33 px); evaluated at 40 px" in success(run_eval(*flags))
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert written == ["confusion_matrix.png", "metrics.json"]
+
+
+def test_at_32_px_there_is_no_gradcam_and_a_word(run_eval, untrained, tmp_path):
+    flags = ["--checkpoint", untrained, "--dataset", two_classes(tmp_path, label=0)]
+    flags += ["--output-dir", tmp_path / "out", "--resolution", 32]
+    assert "no GradCAM: at 32 px" in success(run_eval(*flags))
+    assert not list((tmp_path / "out").glob("gradcam*"))
+    (tmp_path / "car.jpg").write_bytes(jpeg(0))
+    assert "no GradCAM: at 32 px" in success(run_eval(*flags, "--images", tmp_path / "car.jpg"))
+    assert not list((tmp_path / "out").glob("gradcam*"))
+
+
+def test_classes_in_another_order_are_those_of_the_checkpoint(report, trained, run_eval, tmp_path):
+    test = train.load_cars(str(trained.cars), ("test",))["test"]
+    names = test.features["label"].names
+    turned_around = [(item["image"]["bytes"], len(names) - 1 - item["label"]) for item in test]
+    folder = write_dataset(tmp_path / "cars", turned_around, turned_around, names[::-1])
+    flags = ["--checkpoint", trained.run / "best_model.pth", "--dataset", folder]
+    success(run_eval(*flags, "--num-gradcam", 0, "--output-dir", tmp_path))
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["test"] == report[2]["test"]
+    assert metrics["per_class"] == report[2]["per_class"]
+    assert metrics["confused_pairs"] == report[2]["confused_pairs"]
+
+
+# ---------------------------------------------------------------- large figures, rare signs
+
+
+def test_717_classes_are_not_too_many_for_a_figure():
+    names = [f"Chevrolet Silverado 1500 Classic Extended Cab {i}" for i in range(717)]
+    figure = evaluation.plot_confusion(confusion=np.eye(717, dtype=int), classes=names)
+    assert max(figure.get_size_inches()) * 100 < 2**16  # pixels, the limit of matplotlib 3.9
+
+
+def test_matplotlib_draws_a_figure_as_high_as_of_1000_photos():
+    # As high as plot_grad_cam makes it for the largest --num-gradcam.
+    figure = Figure(figsize=(0.5, 2.75 * math.ceil(1000 / 3)))
+    figure.savefig(io.BytesIO(), format="png", dpi=100)
+
+
+CHINESE = ["大众高尔夫", "比亚迪汉"]
+
+
+@pytest.fixture
+def chinese(run_eval, untrained, tmp_path, recwarn):
+    """Evaluate classes with Chinese names: the output, and what matplotlib says of their signs."""
+
+    def run() -> tuple[str, list[str]]:
+        checkpoint = {**load(untrained), "classes": CHINESE}
+        torch.save(checkpoint, tmp_path / "chinese.pth")
+        folder = write_dataset(tmp_path / "cars", rows(2), rows(2), CHINESE)
+        flags = ["--checkpoint", tmp_path / "chinese.pth", "--dataset", folder]
+        out = success(run_eval(*flags, "--output-dir", tmp_path))
+        messages = [str(warning.message) for warning in recwarn]
+        return out, [message for message in messages if "Glyph" in message]
+
+    with matplotlib.rc_context():
+        yield run
+
+
+@pytest.fixture
+def own_fonts(monkeypatch) -> list:
+    """Only the fonts that come with matplotlib are installed, which have no Chinese signs."""
+    fonts = [font for font in fontManager.ttflist if matplotlib.get_data_path() in font.fname]
+    monkeypatch.setattr(fontManager, "ttflist", fonts)
+    return fonts
+
+
+def test_signs_that_no_font_has_are_said_in_one_line(chinese, own_fonts):
+    out, glyphs = chinese()
+    assert out.count("no font of this system has") == 1
+    assert glyphs == []
+
+
+def write_font(path, signs: str):
+    """A font of one square for all `signs`."""
+    pen = TTGlyphPen(None)
+    for number, point in enumerate([(0, 0), (0, 800), (800, 800), (800, 0)]):
+        (pen.lineTo if number else pen.moveTo)(point)
+    pen.closePath()
+    builder = FontBuilder(1000)
+    builder.setupGlyphOrder([".notdef", "square"])
+    builder.setupCharacterMap({ord(sign): "square" for sign in signs})
+    builder.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "square": pen.glyph()})
+    builder.setupHorizontalMetrics({".notdef": (1000, 0), "square": (1000, 0)})
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": "Squares", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(path)
+
+
+def test_a_font_of_the_system_that_has_the_signs_is_used(chinese, own_fonts, tmp_path):
+    write_font(tmp_path / "squares.ttf", "".join(CHINESE))
+    own_fonts.append(FontEntry(fname=str(tmp_path / "squares.ttf"), name="Squares"))
+    out, glyphs = chinese()
+    assert "no font" not in out
+    assert "Squares" in matplotlib.rcParams["font.family"]
+    assert glyphs == []
 
 
 # ---------------------------------------------------------------- somebody's own photos
@@ -342,6 +449,55 @@ def test_own_photos_are_named_and_unreadable_ones_do_not_stop_the_others(
     assert lines[lines.index(str(car)) + 1].endswith("b$")
     assert width(tmp_path / "gradcam_images.png") == 1320
     success(run_eval(*flags, car))
+
+
+@pytest.fixture
+def name_images(run_eval, untrained, tmp_path):
+    """Run eval.py with --images; its figure, if there is one, is in `tmp_path`."""
+
+    def run(*images) -> tuple[int, str, str]:
+        flags = ["--checkpoint", untrained, "--output-dir", tmp_path]
+        return run_eval(*flags, "--images", *images)
+
+    return run
+
+
+@pytest.fixture
+def holidays(tmp_path):
+    """A folder of two photos, another file, and what a Mac and a notebook add."""
+    folder = tmp_path / "holidays"
+    for name in ("1.jpg", "spain/2.jpg", ".ipynb_checkpoints/1.jpg", "._1.jpg", "notes.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(jpeg(0))
+    return folder
+
+
+def test_a_folder_among_the_images_is_its_photos(name_images, holidays):
+    out = success(name_images(holidays))
+    found = [line for line in out.splitlines() if line.startswith(str(holidays))]
+    assert found == [str(holidays / "1.jpg"), str(holidays / "spain/2.jpg")]
+
+
+def test_a_folder_without_photos_is_named(name_images, tmp_path):
+    (tmp_path / "empty").mkdir()
+    err = refusal(name_images(tmp_path / "empty"))
+    assert f"{tmp_path / 'empty'}: there is no photo" in err
+
+
+def test_a_pattern_that_the_shell_left_to_the_program_is_its_matches(name_images, holidays):
+    out = success(name_images(holidays / "*.jpg"))
+    assert f"\n{holidays / '1.jpg'}\n" in out
+
+
+def test_urls_are_not_downloaded(name_images):
+    err = refusal(name_images("https://example.org/car.jpg"))
+    assert "https://example.org/car.jpg (URLs are not downloaded)" in err
+
+
+def test_the_figure_of_older_photos_does_not_stay(name_images, tmp_path):
+    (tmp_path / "gradcam_images.png").write_bytes(b"of an older run")
+    refusal(name_images(tmp_path / "gone.jpg"))
+    assert not (tmp_path / "gradcam_images.png").exists()
 
 
 @pytest.mark.parametrize(
