@@ -3,6 +3,7 @@
 SPY_NOTES      a folder: each process notes its weights at the end and the photos that it decoded
 SPY_STILL      hold batch norm still, which else sees a process's own photos
 SPY_FLAGS      flags of the second process alone
+SPY_DATASET    the data set that the second process finds in place of the first's
 SPY_ENDS_AT    the number of decoded photos at which the second process ends, once
 SPY_KILLED_AT  the number of files written and files moved at which the process is killed
 """
@@ -25,6 +26,7 @@ RANK = os.environ.get("RANK", "0")
 ENDS_AT = int(os.environ.get("SPY_ENDS_AT", 0))
 KILLED_AT = int(os.environ.get("SPY_KILLED_AT", 0))
 
+load_cars = train.load_cars
 decode_photo = train.decode_photo
 build_model = train.build_model
 write_bytes = Path.write_bytes
@@ -55,6 +57,10 @@ def noting_build_model(*args, **options):
     return models[-1]
 
 
+def load_other_cars(dataset, *args, **options):
+    return load_cars(os.environ["SPY_DATASET"], *args, **options)
+
+
 def is_killed_now() -> bool:
     writes.append(None)
     return len(writes) == KILLED_AT
@@ -78,6 +84,8 @@ if __name__ == "__main__":
         torch.nn.BatchNorm2d.forward = still_batch_norm
     if RANK == "1":
         sys.argv += os.environ.get("SPY_FLAGS", "").split()
+        if "SPY_DATASET" in os.environ:
+            train.load_cars = load_other_cars
     train.decode_photo = noting_decode_photo
     train.build_model = noting_build_model
     if KILLED_AT:

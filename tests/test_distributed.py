@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from files import assert_same_weights, load, read_history
+from files import assert_same_weights, jpeg, load, read_history, write_dataset
 from scripts import SMALL, refusal, run, success
 from spy import photo_name, still_batch_norm
 
@@ -111,6 +111,33 @@ def test_batches_that_two_processes_cannot_share_are_refused(ranks, tmp_path, ba
     for outcome in ranks(2, *flags):
         err = refusal(outcome)
         assert f"--batch-size {batch_size} of 16 train photos does not fit 2 processes" in err
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+def test_world_size_without_torchrun_is_refused(fork, trained, tmp_path, script):
+    flags = {
+        "train.py": ["--dataset", trained.cars, *SMALL],
+        "eval.py": ["--checkpoint", trained.run / "best_model.pth"],
+    }
+    process = fork(script, *flags[script], "--output-dir", tmp_path, WORLD_SIZE=2)
+    err = refusal(process.end())
+    assert "WORLD_SIZE" in err
+    assert "torchrun" in err
+
+
+def test_a_taken_port_is_said_in_one_line(fork, cars, tmp_path):
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    place = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": store.port}
+    process = fork("train.py", "--dataset", cars, *SMALL, "--output-dir", tmp_path, **place)
+    assert "--master-port" in refusal(process.end())
+
+
+def test_a_process_that_finds_another_data_set_is_refused(ranks, tmp_path):
+    photos = [(jpeg(seed), 0) for seed in range(16)]
+    other = write_dataset(tmp_path / "other", photos, photos[:8], list("abcdefgh"))
+    first, second = ranks(2, "--output-dir", tmp_path / "run", SPY_DATASET=other)
+    assert "process 1 has another data set than the first" in refusal(second)
+    assert first[0] == 1
 
 
 def test_a_stale_rank_is_refused(fork, cars, tmp_path):

@@ -1,11 +1,20 @@
 """What a run writes, and how it resumes: after kills, signals and full disks, anywhere."""
 
 import contextlib
+import errno
+import fcntl
 import io
+import multiprocessing
 import os
 import random
+import resource
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +23,7 @@ import torch
 from draw_cars import draw_cars
 from files import assert_same_run, assert_same_weights, load, read_folder, read_history
 from PIL import Image
-from scripts import SMALL, refusal, run, start, success
+from scripts import HANGS, ROOT, SMALL, refusal, run, start, success
 from small import small_resnet
 
 import train
@@ -65,6 +74,51 @@ def test_the_best_epoch_is_kept_and_named_beside_the_last(run_train, tmp_path, m
     assert "\r" not in out
 
 
+def test_an_epoch_is_printed_when_its_files_are_whole(run_train, tmp_path, monkeypatch):
+    events = []
+    replace = os.replace
+
+    def slow_replace(source, destination):
+        time.sleep(0.05)
+        replace(source, destination)
+        events.append(Path(destination).name)
+
+    class NotingStream(io.StringIO):
+        def write(self, text):
+            events.extend(text.split()[:2])
+            return len(text)
+
+    monkeypatch.setattr(os, "replace", slow_replace)
+    monkeypatch.setattr(sys, "stdout", NotingStream())
+    success(run_train("--output-dir", tmp_path, "--epochs", 2))
+    first = events.index("1/2")
+    second = events.index("2/2")
+    assert set(FILES) <= set(events[:first])
+    assert {"last_checkpoint.pth", "history.csv"} <= set(events[first:second])
+    assert "last_checkpoint.pth" not in events[second:]
+
+
+def test_the_next_epoch_trains_while_one_is_written(run_train, tmp_path, monkeypatch):
+    crops = []
+    second_epoch = threading.Event()
+    random_crop = train.random_crop
+    replace = os.replace
+
+    def noting_crop(*args):
+        crops.append(None)
+        if len(crops) > 16:
+            second_epoch.set()
+        return random_crop(*args)
+
+    def waiting_replace(source, destination):
+        assert second_epoch.wait(60), "no photo of the second epoch was decoded"
+        replace(source, destination)
+
+    monkeypatch.setattr(train, "random_crop", noting_crop)
+    monkeypatch.setattr(os, "replace", waiting_replace)
+    success(run_train("--output-dir", tmp_path, "--epochs", 2))
+
+
 def test_a_finished_run_is_not_written_over(run_train, finished):
     before = read_folder(finished)
     err = refusal(run_train("--output-dir", finished))
@@ -78,6 +132,16 @@ def test_overwrite_replaces_the_run(run_train, finished, tmp_path):
     success(run_train("--output-dir", folder, "--epochs", 1, "--overwrite"))
     assert len(read_history(folder)) == 1
     assert load(folder / "best_model.pth")["epoch"] == 1
+
+
+def test_a_run_that_was_to_be_replaced_is_not_gone_on_with(run_train, finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    flags = ["--output-dir", folder, "--epochs", 3]
+    # The new run ends in its first epoch: its loss is not finite.
+    refusal(run_train(*flags, "--overwrite", "--lr", 1000))
+    out = success(run_train(*flags, "--resume"))
+    assert "resumed" not in out
+    assert [row["epoch"] for row in read_history(folder)] == [1, 2, 3]
 
 
 def test_an_output_folder_that_is_a_file_is_refused(run_train, tmp_path):
@@ -103,6 +167,50 @@ def test_resume_takes_the_settings_of_the_run(finished, tmp_path, capfd):
     train.main(["--resume", "--epochs", "3", "--workers", "0", "--output-dir", str(folder)])
     assert "resolution=33 batch_size=8 epochs=3" in capfd.readouterr().out
     assert len(read_history(folder)) == 3
+
+
+@pytest.fixture
+def resume(finished, tmp_path, capfd):
+    """Resume a copy of the finished run, whose settings are changed; no flag is given but these."""
+
+    def run(settings: dict, *flags) -> str:
+        folder = shutil.copytree(finished, tmp_path / "run")
+        last = load(folder / "last_checkpoint.pth")
+        last["settings"].update(settings)
+        torch.save(last, folder / "last_checkpoint.pth")
+        train.main(["--resume", "--output-dir", str(folder), *map(str, flags)])
+        return capfd.readouterr().out
+
+    return run
+
+
+def test_workers_that_were_left_out_are_those_of_the_run(resume):
+    # The default is one, or more.
+    assert " workers=0 " in resume({"workers": 0}, "--epochs", 3)
+
+
+def test_compile_that_was_left_out_is_that_of_the_run(resume, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or network)
+    default = torch.cuda.is_available()
+    assert f" compile={not default}" in resume({"compile": not default}, "--epochs", 3)
+    assert bool(compiled) is not default
+
+
+def test_a_flag_that_is_given_takes_the_place_of_the_runs(resume):
+    assert " workers=0 " in resume({"workers": 2}, "--epochs", 3, "--workers", 0)
+
+
+def test_resume_says_that_there_is_no_run(run_train, tmp_path):
+    flags = ["--output-dir", tmp_path / "misspelt", "--epochs", 1, "--resume"]
+    out = success(run_train(*flags))
+    assert out.startswith(f"no run in {tmp_path / 'misspelt'}: starting one\n")
+
+
+def test_a_finished_run_needs_no_data_to_say_so(resume, tmp_path):
+    out = resume({"dataset": str(tmp_path / "deleted")})
+    assert "all 2 epochs are done; --resume with more --epochs trains on" in out
+    assert "best test accuracy" in out
 
 
 @pytest.mark.parametrize(
@@ -256,6 +364,54 @@ def test_sigterm_ends_without_a_word_and_loses_nothing(long_run, tmp_path, whole
     assert load(tmp_path / "run/last_checkpoint.pth")["epoch"] >= 2
 
 
+def test_a_lock_that_cannot_be_had_is_not_another_run(run_train, tmp_path):
+    (tmp_path / ".lock").mkdir()
+    err = refusal(run_train("--output-dir", tmp_path))
+    assert "another run" not in err
+    assert f"cannot lock {tmp_path / '.lock'}, which may be deleted while no run" in err
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_a_lock_left_on_a_file_system_without_locks_may_be_deleted(
+    run_train, tmp_path, monkeypatch
+):
+    lock = tmp_path / ".lock"
+    flock = fcntl.flock
+
+    def no_lock_there(file, operation):
+        if lock.exists() and os.path.samestat(os.fstat(file), lock.stat()):
+            raise OSError(errno.ENOSYS, "Function not implemented")
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", no_lock_there)
+    flags = ["--output-dir", tmp_path, "--epochs", 1]
+    lock.write_text("1\nanother-host\n")
+    assert f"if there is none, delete {lock}" in refusal(run_train(*flags))
+    lock.unlink()
+    success(run_train(*flags))
+
+
+def test_a_worker_that_hands_nothing_over_ends_the_run(run_train, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "WORKER_TIMEOUT", 1)
+    monkeypatch.setattr(train, "decode_photo", lambda encoded: time.sleep(HANGS))
+    err = refusal(run_train("--output-dir", tmp_path, "--workers", 1))
+    assert "the workers hand nothing over" in err
+
+
+def test_a_long_tmpdir_ends_a_run_in_one_line_or_does_no_harm(run_train, tmp_path, monkeypatch):
+    folder = tmp_path / ("long" * 25)
+    folder.mkdir()
+    # What TMPDIR decides, as in a new process. Newer Pythons choose another folder for sockets.
+    process = multiprocessing.current_process()
+    config = {name: value for name, value in process._config.items() if name != "tempdir"}
+    monkeypatch.setattr(process, "_config", config)
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    flags = ["--output-dir", tmp_path / "run", "--epochs", 1, "--workers", 1]
+    status, out, err = run_train(*flags)
+    if status != 0:
+        assert f"set a shorter TMPDIR than {folder}" in refusal((status, out, err))
+
+
 def test_a_worker_that_dies_is_said_in_one_line(long_run):
     os.kill(long_run.children()[0], signal.SIGKILL)
     assert "worker" in refusal(long_run.end())
@@ -280,9 +436,11 @@ def test_ctrl_c_stops_eval_as_its_workers_start(trained, tmp_path, fork):
         assert process.is_alive()
         time.sleep(0.01)
     process.signal_group(signal.SIGINT)
-    status, _, err = process.end()
+    status, out, err = process.end()
     assert status == -signal.SIGINT, err
     assert not (tmp_path / "report/metrics.json").exists()
+    # No terminal reads it: without line_buffering, it would be lost.
+    assert out.startswith("checkpoint "), "what was printed is lost"
 
 
 # ---------------------------------------------------------------- full disks
@@ -309,6 +467,24 @@ def test_a_full_disk_leaves_the_old_files(run_train, finished, tmp_path, monkeyp
     assert len(read_history(folder)) == 3
 
 
+@contextlib.contextmanager
+def quota(size: int):
+    """No file may become larger, in bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_first_save_that_fails_gives_the_systems_reason_alone(run_train, tmp_path):
+    with quota(1_000_000):
+        err = refusal(run_train("--output-dir", tmp_path, "--epochs", 3))
+    assert f"cannot write {tmp_path / 'last_checkpoint.pth'}" in err
+    assert "File too large" in err
+    assert "old one" not in err
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
 # ---------------------------------------------------------------- consoles, notebooks, containers
 
 
@@ -323,6 +499,34 @@ def test_consoles_that_know_no_arrows_and_notebooks_without_their_package(eval_f
     environment["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
     out = success(run("eval.py", *eval_flags, environment=environment))
     assert "true ? predicted" in out
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_closed_stream_is_written_nowhere(run_train, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(sys, name, None)  # So it is after >&- and 2>&-.
+    success(run_train("--output-dir", tmp_path, "--epochs", 1))
+    status, _, _ = run_train("--output-dir", tmp_path, "--epochs", 1)
+    assert status == 1
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_notebooks_stream_gets_all_of_it(run_train, tmp_path, monkeypatch, name):
+    stream = io.StringIO()  # It too has no reconfigure.
+    monkeypatch.setattr(sys, name, stream)
+    success(run_train("--output-dir", tmp_path, "--epochs", 1))
+    status, _, _ = run_train("--output-dir", tmp_path, "--epochs", 1)
+    assert status == 1
+    expected = "best test accuracy" if name == "stdout" else "holds a run already"
+    assert expected in stream.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_streams_that_a_shell_has_closed_are_no_error(cars, tmp_path, closed):
+    flags = map(str, ["--dataset", cars, *SMALL, "--epochs", 1, "--output-dir", tmp_path])
+    command = shlex.join([sys.executable, "tests/small.py", "train.py", *flags])
+    assert subprocess.run(["sh", "-c", f"{command} {closed}"], cwd=ROOT).returncode == 0
+    assert len(read_history(tmp_path)) == 1
 
 
 def test_head_ends_it_quietly(eval_flags):
@@ -373,10 +577,78 @@ def test_what_torch_raises_for_gpus_is_one_line():
     assert "this GPU" in said_of(RuntimeError(no_kernel))
 
 
-@pytest.mark.parametrize("message", ["a bug", IN_A_WORKER + "a bug"])
+TOO_MANY_FILES = [
+    OSError(errno.EMFILE, "Too many open files"),
+    RuntimeError("unable to open shared memory object </torch_1_2_3> : Too many open files (24)"),
+    RuntimeError("Too many open files. Communication with the workers is no longer possible."),
+]
+
+
+@pytest.mark.parametrize("error", TOO_MANY_FILES, ids=str)
+def test_the_limit_of_open_files_is_named_with_its_cure(error):
+    line = said_of(error)
+    for word in ("ulimit -n", "--workers", str(error)):
+        assert word in line
+    assert "/dev/shm (" not in line
+
+
+def test_a_taken_port_is_named_with_its_cure():
+    message = "The server socket has failed to listen on any local network address. port: 29500, "
+    error = torch.distributed.DistNetworkError(f"{message}code: -98, name: EADDRINUSE")
+    line = said_of(error)
+    assert "--master-port" in line
+    assert "port: 29500" in line
+
+
+@pytest.mark.parametrize("message", [SHARED_MEMORY, "DataLoader timed out after 600 seconds"])
+def test_an_error_of_a_worker_is_shown_without_its_traceback(message):
+    line = said_of(RuntimeError(IN_A_WORKER + message))
+    assert f"({message})" in line
+    assert "Traceback" not in line
+    assert "Caught" not in line
+
+
+# The places in a traceback say nothing about its error.
+ELSEWHERE = "".join(
+    f'  File "/home/me/{name}/my.py", line 1, in main\n'
+    for name in ("shared memory", "torch._dynamo", "torch._inductor", "torch.distributed", "torch_")
+)
+UNRELATED = IN_A_WORKER.replace("Traceback\n", f"Traceback\n{ELSEWHERE}")
+
+
+@pytest.mark.parametrize("message", ["a bug", IN_A_WORKER + "a bug", UNRELATED + "a bug"])
 def test_a_bug_keeps_its_traceback(message):
     with pytest.raises(RuntimeError, match="a bug"):
         said_of(RuntimeError(message))
+
+
+def test_a_path_with_a_word_of_an_advice_draws_none():
+    error = FileNotFoundError(errno.ENOENT, "No such file", "/data/torch_cars/1.jpg")
+    assert said_of(error).endswith(f": {error}\n")
+
+
+@pytest.mark.parametrize("name", ["decode_photo", "plot_history"])
+@pytest.mark.parametrize("error", [NameError, AttributeError, KeyError])
+def test_a_mistake_in_this_code_keeps_its_traceback(run_train, tmp_path, monkeypatch, name, error):
+    def mistaken(*args):
+        raise error("a typo")
+
+    monkeypatch.setattr(train, name, mistaken)
+    with pytest.raises(error, match="a typo"):
+        run_train("--output-dir", tmp_path, "--epochs", 1)
+
+
+def test_the_figure_is_drawn_before_its_file_is_opened(run_train, tmp_path, monkeypatch):
+    drafts = []
+    plot_history = train.plot_history
+
+    def noting_plot(*args):
+        drafts.extend(tmp_path.glob(".partial-*"))
+        return plot_history(*args)
+
+    monkeypatch.setattr(train, "plot_history", noting_plot)
+    success(run_train("--output-dir", tmp_path, "--epochs", 1))
+    assert drafts == []
 
 
 @pytest.mark.slow

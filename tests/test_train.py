@@ -1,6 +1,7 @@
 """The recipe, its steps and evaluations, precision, compilation, flags, and that it learns."""
 
 import functools
+import shutil
 
 import numpy as np
 import pytest
@@ -219,9 +220,28 @@ def test_usage_errors_are_one_line_and_status_2(run_train, tmp_path, flags):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(run_train, tmp_path):
-    flags = ["--lr", 1000, "--epochs", 5, "--output-dir", tmp_path]
-    assert "the loss is not finite in epoch" in refusal(run_train(*flags))
+def test_a_loss_that_is_not_finite_ends_the_run_and_what_it_advises_works(
+    run_train, finished, tmp_path
+):
+    old = shutil.copytree(finished, tmp_path / "old")
+    last = load(old / "last_checkpoint.pth")
+    # The next epoch's test loss is no number then.
+    last["model"]["bn1.running_var"].fill_(-1)
+    torch.save(last, old / "last_checkpoint.pth")
+    err = refusal(run_train("--output-dir", old, "--epochs", 3, "--step-size", 1, "--resume"))
+    assert "the loss is not finite in epoch 3" in err
+    assert "a new --output-dir with --weights OLD/best_model.pth" in err
+    assert "--lr and --overwrite" in err
+
+    flags = ["--epochs", 1, "--lr", 0.001, "--output-dir"]
+    success(run_train(*flags, tmp_path / "new", "--weights", old / "best_model.pth"))
+    success(run_train(*flags, old, "--overwrite"))
+
+
+def test_a_loss_that_is_not_finite_at_once_leaves_no_run(run_train, tmp_path):
+    flags = ["--epochs", 5, "--output-dir", tmp_path]
+    assert "the loss is not finite in epoch 1" in refusal(run_train(*flags, "--lr", 1000))
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 # ---------------------------------------------------------------- it learns
