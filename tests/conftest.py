@@ -9,6 +9,8 @@ TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 # The processes that the tests start find the same modules.
 os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")])
+# It would hide that a script keeps back what it has printed.
+os.environ.pop("PYTHONUNBUFFERED", None)
 # Before datasets is imported: no test reads or fills the user's cache.
 os.environ["HF_HOME"] = tempfile.mkdtemp()
 os.environ["HF_HUB_OFFLINE"] = "1"

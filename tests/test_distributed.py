@@ -125,6 +125,12 @@ def test_world_size_without_torchrun_is_refused(fork, trained, tmp_path, script)
     assert "torchrun" in err
 
 
+def test_eval_under_torchrun_says_that_it_is_one_process(fork, trained, tmp_path):
+    place = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": 9}
+    flags = ["--checkpoint", trained.run / "best_model.pth", "--output-dir", tmp_path]
+    assert "eval.py runs as one process" in refusal(fork("eval.py", *flags, **place).end())
+
+
 def test_a_taken_port_is_said_in_one_line(fork, cars, tmp_path):
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     place = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": store.port}

@@ -436,11 +436,35 @@ def test_ctrl_c_stops_eval_as_its_workers_start(trained, tmp_path, fork):
         assert process.is_alive()
         time.sleep(0.01)
     process.signal_group(signal.SIGINT)
-    status, out, err = process.end()
+    status, _, err = process.end()
     assert status == -signal.SIGINT, err
     assert not (tmp_path / "report/metrics.json").exists()
-    # No terminal reads it: without line_buffering, it would be lost.
-    assert out.startswith("checkpoint "), "what was printed is lost"
+
+
+def is_read(fifo: Path) -> bool:
+    """Whether a process waits for somebody to write."""
+    try:
+        os.close(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))
+    except OSError as error:
+        assert error.errno == errno.ENXIO
+        return False
+    return True
+
+
+def test_ctrl_c_loses_nothing_that_eval_has_printed_to_no_terminal(trained, tmp_path, fork):
+    for name in load(trained.run / "best_model.pth")["classes"]:
+        (tmp_path / "cars/test" / name).mkdir(parents=True)
+        os.mkfifo(tmp_path / "cars/test" / name / "endless.jpg")
+    flags = ["--checkpoint", trained.run / "best_model.pth", "--dataset", tmp_path / "cars"]
+    flags += ["--output-dir", tmp_path / "report", "--workers", 0]
+    process = fork("eval.py", *flags)
+    while not is_read(min(tmp_path.glob("cars/test/*/endless.jpg"))):
+        assert process.is_alive(), process.err.read_text()
+        time.sleep(0.01)
+    process.signal_group(signal.SIGINT)
+    _, out, _ = process.end()
+    assert out.startswith("checkpoint ")
+    assert ": 8 photos, 8 classes\n" in out
 
 
 # ---------------------------------------------------------------- full disks
