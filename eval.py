@@ -234,6 +234,8 @@ def use_fonts_for(text: str):
     if not missing:
         return
     for font in fontManager.ttflist:
+        if font.name.startswith("Last Resort"):  # matplotlib's own, with a box for every sign.
+            continue
         with contextlib.suppress(OSError, RuntimeError):  # It may be gone, or damaged.
             if missing <= get_font(font.fname).get_charmap().keys():
                 matplotlib.rcParams["font.family"] = ["DejaVu Sans", font.name]

@@ -45,13 +45,13 @@ if __name__ == "__main__":
 
 import datasets
 import filelock
+import huggingface_hub
 import numpy as np
 import PIL.Image
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from datasets.info import DatasetInfosDict
-from huggingface_hub import snapshot_download
 from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -169,11 +169,11 @@ def load_split(dataset: str, split: str) -> datasets.Dataset:
     elif dataset == DEFAULT_DATASET:
         # Named, because the repository also holds seven corrupted copies of the test split.
         files = ["README.md", f"data/{split}-*"]
-        folder = snapshot_download(
-            dataset, repo_type="dataset", revision=DATASET_REVISION, allow_patterns=files
-        )
-        # Where the Hub is out of reach, the folder is what the cache holds, be it a part.
-        with reported_as(f"the Hub's files in {folder} are not whole, and it is out of reach"):
+        cache = huggingface_hub.constants.HF_HUB_CACHE
+        with reported_as(f"the Hub is out of reach, and its files in {cache} are not whole"):
+            folder = huggingface_hub.snapshot_download(
+                dataset, repo_type="dataset", revision=DATASET_REVISION, allow_patterns=files
+            )
             loaded = read_folder(Path(folder), split)
     else:
         say(f"there is no folder {dataset}: looking for such a data set on the Hub")
@@ -947,9 +947,10 @@ ADVICE = {
     "no kernel image": "this build of torch was not made for this GPU: install one that was",
     "torch._dynamo": "torch.compile failed: try again with --no-compile",
     "torch._inductor": "torch.compile failed: try again with --no-compile",
+    # Before the shared memory, since it may be a file there that cannot be opened.
+    "Too many open files": "raise the limit (ulimit -n 65536), or use fewer --workers",
     "</torch_": SMALL_SHARED_MEMORY,  # The beginning of a file's name there.
     "shared memory": SMALL_SHARED_MEMORY,
-    "Too many open files": "raise the limit (ulimit -n 65536), or use fewer --workers",
     "DataLoader worker (pid": "a worker has ended: where memory was short, use fewer --workers",
     "DataLoader timed out": "the workers hand nothing over: look at the disk, or use --workers 0",
     "EADDRINUSE": "the port is taken: choose another with --master-port",
@@ -991,14 +992,18 @@ def run_command(main: Callable[[], None]) -> int:
     except InputError as error:
         message = one_line(error)
     except BrokenPipeError:
-        # Whoever reads the output, as head does, wants no more of it.
-        sys.stdout = open(os.devnull, "w")
-        return 1
+        message = ""  # Whoever reads the output, as head does, wants no more of it.
     except (OSError, RuntimeError) as error:
         message = explain(error)
         if not message:
             raise
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    if message:
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # What cannot be printed is dropped: Python would try again at its end, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
 
 

@@ -563,7 +563,7 @@ def test_a_row_without_a_photo_is_called_missing(run_train, tmp_path):
 
 
 def test_a_bomb_is_refused_by_its_megapixels():
-    with pytest.raises(ValueError, match="it has 400 megapixels, and 256 are the limit"):
+    with pytest.raises(ValueError, match="its 400 megapixels are over the limit, 256"):
         train.decode_photo(one_colour_png(20000, 20000, 1))
 
 
