@@ -29,6 +29,7 @@ import pickle
 import re
 import signal
 import socket
+import struct
 import sys
 import tempfile
 import time
@@ -289,10 +290,11 @@ def decode_photo(encoded: bytes) -> torch.Tensor:
     the memory, and RuntimeError for a damaged one.
     """
     width = height = frames = 1
-    # Whose header Pillow cannot read, as a HEIC file's, torchcodec reads or refuses.
-    with contextlib.suppress(Exception), PIL.Image.open(io.BytesIO(encoded)) as header:
-        width, height = header.size
-        frames = getattr(header, "n_frames", 1)  # All are decoded.
+    # A file whose header Pillow cannot read, as a HEIC file, is torchcodec's to read or to refuse.
+    with contextlib.suppress(OSError, ValueError, IndexError, struct.error):
+        with PIL.Image.open(io.BytesIO(encoded)) as header:
+            width, height = header.size
+            frames = getattr(header, "n_frames", 1)  # All are decoded.
     megapixels = width * height * frames / 1e6
     if megapixels > MAX_MEGAPIXELS:
         raise ValueError(f"its {megapixels:.0f} megapixels are over the limit, {MAX_MEGAPIXELS}")
