@@ -367,6 +367,8 @@ def test_the_default_weights_get_a_new_fc_and_a_cut_off_download_is_named(
 @pytest.mark.slow
 def test_a_proxy_that_never_answers_is_not_waited_for_for_ever(cars, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
+        # Without the timeout that train.py may have set in the tests' own process.
+        server.settimeout(None)
         threading.Thread(target=lambda: [server.accept() for _ in range(9)], daemon=True).start()
         proxy = f"http://127.0.0.1:{server.getsockname()[1]}"
         flags = ["--dataset", cars, "--batch-size", 8, "--workers", 0, "--output-dir", tmp_path]
