@@ -232,7 +232,7 @@ def find_photos(folder: Path) -> tuple[list[Path], list[Path]]:
         raise error
 
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith((".", "@eaDir"))]
+        folders[:] = [name for name in folders if name[0] != "." and name != "@eaDir"]
         files += [Path(parent, name) for name in names if not name.startswith(".")]
     photos = [path for path in files if path.suffix.lower() in PHOTO_SUFFIXES]
     return sorted(photos), sorted(set(files) - set(photos))
