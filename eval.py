@@ -319,7 +319,7 @@ def choose_errors(logits, labels, class_rows: list[dict], random) -> list[int]:
 
 def cell_of_row(row: int, photos: CarPhotos, logits, classes: list[str]) -> Cell:
     """The test photo in `row`, titled with its true and its predicted class."""
-    views, label = photos["test", 0, row]
+    views, label = photos["test", row, 0]
     confidence, guess = logits[row].softmax(0).max(0)
     right = guess == label
     verdict = "right" if right else "WRONG"

@@ -17,6 +17,7 @@ Train on four GPUs, with the same recipe:
 
 import argparse
 import contextlib
+import copy
 import csv
 import datetime
 import functools
@@ -342,18 +343,17 @@ def center_crop(photo: torch.Tensor, resolution: int, side_for_224: int = 256) -
 
 
 class CarPhotos(torch.utils.data.Dataset):
-    """The photos of all splits. An item, asked for as (split, epoch, row), is a crop and its label.
+    """The photos of all splits. An item, asked for by (split, row, seed), is a crop and its label.
 
     The split's function of `crops` turns (3, H, W) uint8 and R into (…, R, R, 3) uint8. What it
-    draws at random is a function of (seed, epoch, row) alone, so that neither the number of workers
-    nor a stop and resumption changes it. Raises InputError, naming the photo, for a damaged one.
+    draws at random follows from the seed in the key, so that neither the number of workers nor a
+    stop and resumption changes it. Raises InputError, naming the photo, for a damaged one.
     """
 
-    def __init__(self, cars: dict, crops: dict[str, Callable], resolution: int, seed: int = 0):
+    def __init__(self, cars: dict, crops: dict[str, Callable], resolution: int):
         self.cars = cars
         self.crops = crops
         self.resolution = resolution
-        self.seed = seed
 
     def __getitem__(self, key: tuple[str, int, int]) -> tuple[torch.Tensor, int]:
         return self.__getitems__([key])[0]
@@ -361,13 +361,12 @@ class CarPhotos(torch.utils.data.Dataset):
     def __getitems__(self, keys: list[tuple]) -> list[tuple]:
         """The items of a batch of one split, whose rows are looked up at once."""
         split = keys[0][0]
-        columns = self.cars[split][[row for _, _, row in keys]]
+        columns = self.cars[split][[row for _, row, _ in keys]]
         images = columns["image"]
-        crops = [self.load_crop(key, image) for key, image in zip(keys, images, strict=True)]
+        crops = [self.load_crop(*key, image) for key, image in zip(keys, images, strict=True)]
         return list(zip(crops, columns["label"], strict=True))
 
-    def load_crop(self, key: tuple[str, int, int], image: dict | None) -> torch.Tensor:
-        split, epoch, row = key
+    def load_crop(self, split: str, row: int, seed: int, image: dict | None) -> torch.Tensor:
         if image is None:
             raise InputError(f"the {split} photo in row {row} is missing")
         name = image["path"] or f"in row {row}"
@@ -376,11 +375,9 @@ class CarPhotos(torch.utils.data.Dataset):
             if encoded is None:
                 encoded = Path(image["path"]).read_bytes()
             photo = decode_photo(encoded)
-        crop_seed = np.random.SeedSequence([self.seed, epoch, row]).generate_state(1)[0]
-        with torch.random.fork_rng(devices=[]):  # Without workers, it is the program's own.
-            # torch.manual_seed would go through all kinds of devices, which takes 0.1 ms.
-            torch.default_generator.manual_seed(int(crop_seed))
-            return self.crops[split](photo, self.resolution)
+        # torch.manual_seed would go through all kinds of devices, which takes 0.1 ms.
+        torch.default_generator.manual_seed(seed)
+        return self.crops[split](photo, self.resolution)
 
 
 def train_batch_sizes(num_photos: int, batch_size: int) -> list[int]:
@@ -405,17 +402,19 @@ def train_batch_sizes(num_photos: int, batch_size: int) -> list[int]:
 
 def train_batches(num_photos: int, batch_sizes: list[int], epoch: int, seed: int) -> Iterator[list]:
     """Yield the keys of each batch of `epoch`, as far as they fall to this process."""
-    order = np.random.default_rng([seed, epoch]).permutation(num_photos).tolist()
+    random = np.random.default_rng([seed, epoch])
+    rows = random.permutation(num_photos).tolist()
+    crop_seeds = random.integers(2**32, size=num_photos).tolist()
+    keys = [("train", row, crop_seed) for row, crop_seed in zip(rows, crop_seeds, strict=True)]
     start = 0
     for batch_size in batch_sizes:
-        rows = order[start : start + batch_size]
-        yield [("train", epoch, row) for row in rows[RANK::WORLD_SIZE]]
+        yield keys[start : start + batch_size][RANK::WORLD_SIZE]
         start += batch_size
 
 
 def test_batches(num_photos: int, batch_size: int) -> list[list]:
     """The keys of each test batch of this process; no photo counts twice."""
-    own_keys = [("test", 0, row) for row in range(RANK, num_photos, WORLD_SIZE)]
+    own_keys = [("test", row, 0) for row in range(RANK, num_photos, WORLD_SIZE)]
     own_size = math.ceil(batch_size / WORLD_SIZE)
     return [own_keys[start : start + own_size] for start in range(0, len(own_keys), own_size)]
 
@@ -804,11 +803,8 @@ def open_run(argv: list[str] | None) -> tuple:
     check_settings(args, checkpoint)
     # A kill may have come between the files of an epoch.
     write_run(checkpoint, folder)
-    try:
-        read_checkpoint(folder / "best_model.pth")
-    except InputError as error:
-        best = best_epoch(checkpoint["history"])["epoch"]
-        say(f"{error}; the next epoch that is better than epoch {best} writes it again")
+    if not (folder / "best_model.pth").exists():
+        say("best_model.pth is gone: the next epoch that is better than the best writes it again")
     return args, checkpoint, lock
 
 
@@ -854,22 +850,11 @@ def best_epoch(history: list[dict]) -> dict:
     return max(history, key=lambda row: row["test_accuracy"])
 
 
-def copy_to_cpu(value):
-    """A copy of all tensors in `value`, which may be nested, that later steps do not change."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {name: copy_to_cpu(member) for name, member in value.items()}
-    if isinstance(value, list):
-        return [copy_to_cpu(member) for member in value]
-    return value
-
-
 def write_run(checkpoint: dict, folder: Path):
     """Write last_checkpoint.pth, which holds the whole run, and then what follows from it."""
     history = checkpoint["history"]
-    # Contiguous as torchvision's, and not channels_last.
-    model = {name: value.contiguous() for name, value in checkpoint["model"].items()}
+    # On the CPU, and contiguous as torchvision's, for whoever loads it without this program.
+    model = {name: value.cpu().contiguous() for name, value in checkpoint["model"].items()}
     checkpoint = {**checkpoint, "model": model}
     atomic_write(folder / "last_checkpoint.pth", to_bytes(checkpoint))
     best = best_epoch(history)
@@ -878,14 +863,19 @@ def write_run(checkpoint: dict, folder: Path):
         best_model = {name: checkpoint[name] for name in names}
         best_model["test_accuracy"] = best["test_accuracy"]
         atomic_write(folder / "best_model.pth", to_bytes(best_model))
-    table = io.StringIO(newline="")
-    rows = csv.DictWriter(table, fieldnames=list(history[-1]))
-    rows.writeheader()
-    rows.writerows(history)
-    atomic_write(folder / "history.csv", table.getvalue().encode())
+    write_csv(history, folder / "history.csv")
     picture = io.BytesIO()
     plot_history(history).savefig(picture, format="png")
     atomic_write(folder / "training_curves.png", picture.getvalue())
+
+
+def write_csv(rows: list[dict], path: Path):
+    """Write `rows`, which all have the same names, below a line of these names."""
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic_write(path, table.getvalue().encode())
 
 
 def to_bytes(checkpoint: dict) -> bytes:
@@ -899,14 +889,19 @@ def plot_history(history: list[dict]) -> Figure:
     """Loss and accuracy of both splits by epoch, with a dotted line at each change of lr."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")  # inches
     epochs = [row["epoch"] for row in history]
-    for axes, measure in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for split in ("train", "test"):
-            values = [row[f"{split}_{measure}"] for row in history]
-            axes.plot(epochs, values, marker=".", label=split)
+    loss_axes, accuracy_axes = figure.subplots(1, 2)
+    for split in ("train", "test"):
+        losses = [max(row[f"{split}_loss"], 1e-6) for row in history]  # 0 has no logarithm.
+        loss_axes.plot(epochs, losses, marker=".", label=split)
+        accuracies = [100 * row[f"{split}_accuracy"] for row in history]
+        accuracy_axes.plot(epochs, accuracies, marker=".", label=split)
+    loss_axes.set(ylabel="loss", yscale="log")  # The first test loss may be a hundred times others.
+    accuracy_axes.set(ylabel="accuracy, %")
+    for axes in figure.axes:
         for before, after in itertools.pairwise(history):
             if before["lr"] != after["lr"]:
                 axes.axvline(after["epoch"] - 0.5, color="grey", linestyle=":")
-        axes.set(xlabel="epoch", ylabel=measure)
+        axes.set(xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
@@ -1097,7 +1092,7 @@ def main(argv: list[str] | None = None):
     run = {**data, "settings": settings, "resolution": args.resolution}
 
     crops = {"train": random_crop, "test": center_crop}
-    photos = CarPhotos(cars, crops, args.resolution, args.seed)
+    photos = CarPhotos(cars, crops, args.resolution)
     own_test_batches = test_batches(num_photos["test"], args.batch_size)
     keys = all_batches(num_photos["train"], batch_sizes, own_test_batches, epochs, args.seed)
     batches = iter(make_loader(photos, keys, args.workers))
@@ -1142,8 +1137,8 @@ def main(argv: list[str] | None = None):
                 if written:
                     written.result()  # Waits for the epoch before; raises what stopped it.
                 states = {name: component.state_dict() for name, component in stateful.items()}
-                copied = copy_to_cpu({**run, **states, "epoch": epoch, "history": history})
-                # A thread writes it while the next epoch trains.
+                # A thread writes it while the next epoch trains, which does not change a copy.
+                copied = copy.deepcopy({**run, **states, "epoch": epoch, "history": history})
                 written = writer.submit(finish_epoch, copied, args.output_dir, args.epochs)
         if RANK == 0:
             written.result()
