@@ -1,12 +1,11 @@
 """How fast train.py and eval.py are, beside a textbook loop in this file: one table, one run.
 
     python tests/draw_cars.py large --width 608     # drawn photos of the size of Stanford Cars'
-    python tests/benchmark.py --dataset large       # on the GPU, if there is one
-    CUDA_VISIBLE_DEVICES= python tests/benchmark.py --dataset large --resolution 448
+    python tests/benchmark.py --dataset large       # on the GPU, but for CUDA_VISIBLE_DEVICES=
 
 The textbook is PIL photos from `datasets`, torchvision's v1 transforms, ToTensor and Normalize in
 the workers, float32, and `.item()` in each step; its TTA evaluates the single view, and then each
-of the six. Both are measured in turn; the table has medians, with the lowest and the highest.
+of the six, where eval.py is timed with its start. Medians, lowest and highest, measured in turn.
 """
 
 import argparse
@@ -17,8 +16,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import datasets
 import torch
@@ -53,12 +53,15 @@ def textbook_loader(photos, crop: list, batch_size: int, workers: int) -> DataLo
     return DataLoader(TextbookPhotos(photos, transform), batch_size, num_workers=workers)
 
 
-def textbook_crop(split: str, resolution: int, side_for_224: int = 256, mirrored=False) -> list:
-    if split == "train":
-        return [transforms.RandomResizedCrop(resolution), transforms.RandomHorizontalFlip()]
-    resize = transforms.Resize(int(resolution * side_for_224 / 224))
-    mirror = transforms.RandomHorizontalFlip(float(mirrored))
-    return [resize, transforms.CenterCrop(resolution), mirror]
+def textbook_loaders(cars: dict, resolution: int, batch_size: int, workers: int) -> dict:
+    resize = transforms.Resize(int(resolution * 256 / 224))
+    crops = {
+        "train": [transforms.RandomResizedCrop(resolution), transforms.RandomHorizontalFlip()],
+        "test": [resize, transforms.CenterCrop(resolution)],
+    }
+    return {
+        split: textbook_loader(cars[split], crops[split], batch_size, workers) for split in cars
+    }
 
 
 def textbook_epoch(model, optimizer, batches):
@@ -80,12 +83,15 @@ def textbook_logits(model, batches) -> torch.Tensor:
     return torch.cat([model(images.to(train.DEVICE)).cpu() for images, _ in batches])
 
 
-def textbook_tta(model, photos, resolution: int, batch_size: int, workers: int) -> torch.Tensor:
+def textbook_tta(model, photos, resolution: int, batch_size: int) -> torch.Tensor:
     """Seven passes over `photos`: the single view, then the six, whose mean logits are returned."""
     passes = []
-    for side, mirrored in [(256, False), *itertools.product((224, 256, 288), (False, True))]:
-        crop = textbook_crop("test", resolution, side, mirrored)
-        passes.append(textbook_logits(model, textbook_loader(photos, crop, batch_size, workers)))
+    for side, mirrored in [(256, 0), *itertools.product((224, 256, 288), (0, 1))]:
+        resize = transforms.Resize(int(resolution * side / 224))
+        mirror = transforms.RandomHorizontalFlip(mirrored)
+        crop = [resize, transforms.CenterCrop(resolution), mirror]
+        loader = textbook_loader(photos, crop, batch_size, train.DEFAULT_WORKERS)
+        passes.append(textbook_logits(model, loader))
     return torch.stack(passes[1:]).mean(0)
 
 
@@ -107,42 +113,34 @@ def seconds(call: Callable, *args) -> float:
     return time.perf_counter() - start
 
 
-@contextlib.contextmanager
-def watched(name: str) -> Iterator[list]:
-    """The (start, end) of each call of train.py's function `name`, in seconds."""
+def noting(name: str, events: list):
+    """Patch train.py's function `name` to note each call in `events`: name, start, end (seconds)."""
     function = getattr(train, name)
-    spans = []
 
-    def watch(*args, **options):
+    def call(*args, **options):
         start = time.perf_counter()
         result = function(*args, **options)
-        spans.append((start, time.perf_counter()))
+        events.append((name, start, time.perf_counter()))
         return result
 
-    setattr(train, name, watch)
-    try:
-        yield spans
-    finally:
-        setattr(train, name, function)
+    return mock.patch.object(train, name, call)
 
 
 def spread(values: list[float]) -> str:
-    digits = 2
-    if min(values) >= 100:
-        digits = 0
-    low, middle, high = (f(values) for f in (min, statistics.median, max))
-    return f"{middle:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
+    """Median (lowest–highest)."""
+    return f"{statistics.median(values):.4g} ({min(values):.4g}–{max(values):.4g})"
 
 
 def print_row(what: str, resolution: int, ours: list[float], textbook: list[float]):
     ratio = statistics.median(ours) / statistics.median(textbook)
-    cells = [what, str(resolution), spread(ours), spread(textbook), f"{ratio:.2f} ×"]
-    print(f"| {' | '.join(cells)} |", flush=True)
+    cells = f"{what} | {resolution} | {spread(ours)} | {spread(textbook)} | {ratio:.2f} ×"
+    print(f"| {cells} |", flush=True)
 
 
-def repeated(photos: datasets.Dataset, count: int) -> datasets.Dataset:
-    """`count` photos: the first ones, or all of them again and again."""
-    return photos.select([row % len(photos) for row in range(count)])
+def repeated(cars: dict, count: int) -> dict:
+    """`count` photos of each split: the first ones, or all of them again and again."""
+    rows = range(count)
+    return {split: cars[split].select([row % len(cars[split]) for row in rows]) for split in cars}
 
 
 # ---------------------------------------------------------------- the rows
@@ -150,20 +148,19 @@ def repeated(photos: datasets.Dataset, count: int) -> datasets.Dataset:
 
 def input_rows(cars: dict, resolution: int, args: argparse.Namespace):
     """What a loader hands over, of both splits, with one worker and with two."""
-    cars = {split: repeated(photos, args.input_photos) for split, photos in cars.items()}
+    count = args.photos or 640
+    cars = repeated(cars, count)
     crops = {"train": train.random_crop, "test": train.center_crop}
-    batch_size = 16
+    photos = train.CarPhotos(cars, crops, resolution)
     for split, workers in itertools.product(cars, (1, 2)):
+        textbook_batches = textbook_loaders(cars, resolution, 16, workers)[split]
+        keys = [(split, row, row) for row in range(count)]
+        batches = [keys[start : start + 16] for start in range(0, count, 16)]
         ours = []
         textbook = []
-        for repeat in range(args.repeats):
-            rows = range(args.input_photos)
-            keys = [(split, repeat, row) for row in rows]
-            batches = [keys[start : start + batch_size] for start in rows[::batch_size]]
-            photos = train.CarPhotos(cars, crops, resolution)
+        for _ in range(args.repeats):
             ours.append(input_rate(train.make_loader(photos, batches, workers)))
-            crop = textbook_crop(split, resolution)
-            textbook.append(input_rate(textbook_loader(cars[split], crop, batch_size, workers)))
+            textbook.append(input_rate(textbook_batches))
         print_row(f"{split} input, workers: {workers}", resolution, ours, textbook)
 
 
@@ -171,57 +168,51 @@ def run_rows(cars: dict, resolution: int, args: argparse.Namespace):
     """train.py for three epochs and eval.py --tta, beside the textbook's epoch and evaluations."""
     cuda = train.DEVICE.type == "cuda"
     count = args.photos or (8144 if cuda else int(64 * (224 / resolution) ** 2))
-    batch_size = args.batch_size or int((128 if cuda else 8) * 224 / resolution)
-    cars = {split: repeated(photos, count) for split, photos in cars.items()}
+    batch_size = int((128 if cuda else 8) * 224 / resolution)
+    cars = repeated(cars, count)
     model = resnet50(num_classes=cars["train"].features["label"].num_classes).to(train.DEVICE)
     optimizer = torch.optim.SGD(model.parameters(), 0.001, 0.9, weight_decay=1e-4)
-    names = ("train epoch", "test evaluation", "eval.py --tta, with its start")
-    ours = {name: [] for name in names}
-    textbook = {name: [] for name in names}
+    loaders = textbook_loaders(cars, resolution, batch_size, train.DEFAULT_WORKERS)
+    ours = []
+    textbook = []
     pauses = []
     waits = []
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        (Path(folder) / "data").mkdir()
-        for split, photos in cars.items():
-            photos = photos.cast_column("image", datasets.Image())
-            photos.to_parquet(Path(folder) / "data" / f"{split}-0.parquet")
-        common = ["--dataset", folder, "--output-dir", folder, "--workers", str(args.workers)]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stdout(sys.stderr),
+        mock.patch.object(train, "load_cars", lambda *args, **options: cars),
+    ):
         recipe = f"--weights none --resolution {resolution} --batch-size {batch_size} --lr 0.001"
-        flags = [*common, *recipe.split(), "--epochs", "3", "--overwrite"]
-        report = [*common, "--checkpoint", f"{folder}/best_model.pth", "--tta"]
         for _ in range(args.repeats):
-            with watched("evaluate") as evaluations, watched("move_and_normalize") as steps:
-                train.main(flags)
+            events = []
+            with noting("evaluate", events), noting("move_and_normalize", events):
+                train.main(
+                    ["--output-dir", folder, "--epochs", "3", "--overwrite", *recipe.split()]
+                )
             with open(Path(folder) / "history.csv", newline="") as file:
                 last = list(csv.DictReader(file))[-1]
-            ours["train epoch"].append(float(last["photos_per_second"]))
             waits.append(float(last["input_wait"]))
-            start, end = evaluations[-1]
-            ours["test evaluation"].append(count / (end - start))
-            for _, end in evaluations[:-1]:
-                pauses.append(min(start for start, _ in steps if start > end) - end)
-            tta = seconds(evaluation.main, [*report, "--num-gradcam", "0"])
-            ours["eval.py --tta, with its start"].append(count / tta)
+            for (before, _, end), (_, start, _) in itertools.pairwise(events):
+                if before == "evaluate":  # What follows is a train step.
+                    pauses.append(start - end)
+            _, start, end = events[-1]
+            report = ["--output-dir", folder, "--checkpoint", f"{folder}/best_model.pth"]
+            tta = seconds(evaluation.main, [*report, "--tta", "--num-gradcam", "0"])
+            ours.append([float(last["photos_per_second"]), count / (end - start), count / tta])
 
-            loader = textbook_loader(
-                cars["train"], textbook_crop("train", resolution), batch_size, args.workers
-            )
-            epoch = seconds(textbook_epoch, model, optimizer, loader)
-            textbook["train epoch"].append(count / epoch)
-            loader = textbook_loader(
-                cars["test"], textbook_crop("test", resolution), batch_size, args.workers
-            )
-            textbook["test evaluation"].append(count / seconds(textbook_logits, model, loader))
-            tta = seconds(textbook_tta, model, cars["test"], resolution, batch_size, args.workers)
-            textbook["eval.py --tta, with its start"].append(count / tta)
-    for name in names:
-        print_row(name, resolution, ours[name], textbook[name])
+            epoch = seconds(textbook_epoch, model, optimizer, loaders["train"])
+            test = seconds(textbook_logits, model, loaders["test"])
+            tta = seconds(textbook_tta, model, cars["test"], resolution, batch_size)
+            textbook.append([count / epoch, count / test, count / tta])
+    for column, name in enumerate(("train epoch", "test evaluation", "eval.py --tta")):
+        our_rates = [rates[column] for rates in ours]
+        print_row(name, resolution, our_rates, [rates[column] for rates in textbook])
     print(f"\n{resolution} px, batch {batch_size}, {count} photos an epoch:")
     print(f"waiting for photos {statistics.median(waits):.1%} of the third epoch's training")
     print(f"pause between epochs, seconds: {spread(pauses)}, the copy of the run in it")
     if cuda:
         print(f"GPU memory {torch.cuda.max_memory_reserved() / 1e9:.1f} GB, the textbook's too")
-    print(flush=True)
+    print()
 
 
 def main(argv: list[str] | None = None):
@@ -230,21 +221,15 @@ def main(argv: list[str] | None = None):
     # fmt: off
     add = parser.add_argument
     add("--dataset", default=train.DEFAULT_DATASET, help="as for train.py (%(default)s)")
-    add("--resolution", type=int, nargs="+", default=[224, 448],
-        help="sides of the crops in pixels (224 448)")
-    add("--photos", type=int, help="in an epoch (8144 on CUDA; else 64 at 224 px, 16 at 448)")
-    add("--input-photos", type=int, default=640, help="for the rows of input (%(default)s)")
-    add("--batch-size", type=int,
-        help="(the recipe's on CUDA: 128 at 224 px, 64 at 448; else 8 and 4)")
-    add("--workers", type=int, default=train.DEFAULT_WORKERS,
-        help="processes that decode photos, but for the rows of input (%(default)s)")
+    add("--resolution", type=int, nargs="+", default=[224, 448], help="of the crops (224 448)")
+    add("--photos", type=int,
+        help="behind a figure (640 of input; in an epoch 8144, without CUDA 64 or, at 448 px, 16)")
     add("--repeats", type=int, default=3, help="measurements behind each median (%(default)s)")
     # fmt: on
     args = parser.parse_args(argv)
     cars = train.load_cars(args.dataset)
-    print(
-        f"{train.DEVICE.type}, {train.pick_precision(amp=True)} beside float32, {args.workers} workers"
-    )
+    precision = train.pick_precision(amp=True)
+    print(f"{train.DEVICE.type}, {precision} beside float32, {train.DEFAULT_WORKERS} workers")
     print(f"torch {torch.__version__}, medians of {args.repeats} (lowest–highest)\n")
     for resolution in args.resolution:
         print("| photos/s | px | this program | textbook | ratio |\n|---|---|---|---|---|")
