@@ -1,10 +1,12 @@
-"""Evaluate a checkpoint of train.py: per-class accuracy, confused pairs, six-view TTA, GradCAM.
+"""Evaluate a checkpoint of train.py: accuracies, kinds of errors, six-view TTA, GradCAM.
 
     python eval.py                              # best_model.pth on the test split it was chosen on
     python eval.py --tta --num-gradcam 32       # also the average of six views; more GradCAM photos
     python eval.py --images car.jpg holidays    # the five likeliest classes of your own photos
 
-The reference reports 91.78 % at 448 px, with TTA 91.93 %; at 224 px 89.38 % and 90.32 %.
+TTA is the mean of the logits of three scales, each as it is and mirrored. The figures reported by
+github.com/patr1ckzhu/transfer-learning-stanford-cars: at 448 px 91.78 %, with TTA 91.93 %; at
+224 px 89.38 % and 90.32 %.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import sys
 import warnings
@@ -159,29 +162,81 @@ def confused_pairs(confusion: np.ndarray, classes: list[str]) -> list[dict]:
     return pairs
 
 
+def make_of(name: str) -> str:
+    return name.partition(" ")[0]
+
+
+def without_year(name: str) -> str:
+    return re.sub(r" \d{4}$", "", name)
+
+
+def have_years(classes: list[str]) -> bool:
+    """Whether classes are named as Stanford Cars': the make first, and the year last."""
+    return any(without_year(name) != name for name in classes)
+
+
+def error_kinds(confusion: np.ndarray, classes: list[str]) -> dict:
+    """How many errors are in the year alone, stay within the make (another model), or leave it.
+
+    Also the accuracy (0…1) that is left if only make and model, or only the make, have to be right.
+    """
+    makes = np.array([make_of(name) for name in classes])
+    models = np.array([without_year(name) for name in classes])
+    total = int(confusion.sum())
+    right = int(confusion.trace())
+    right_model = int(confusion[models[:, None] == models].sum())
+    right_make = int(confusion[makes[:, None] == makes].sum())
+    return {
+        "year_only": right_model - right,
+        "same_make": right_make - right_model,
+        "other_make": total - right_make,
+        "model_accuracy": right_model / total,
+        "make_accuracy": right_make / total,
+    }
+
+
 def worst_first(class_rows: list[dict]) -> list[dict]:
     tested = [row for row in class_rows if row["total"]]
     return sorted(tested, key=lambda row: row["accuracy"])
 
 
-def compute_metrics(single, mean, labels, classes: list[str], tta: bool) -> dict:
-    """Accuracies and errors of (N, classes) logits, beside (N,) int64 labels.
-
-    `single` are those of the first view; `mean`, with `tta`, those of the six.
-    """
-    confusion = count_confusion(single, labels)
-    in_top5 = single.topk(min(5, len(classes))).indices == labels[:, None]
+def compute_metrics(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> dict:
+    """Accuracies and errors of (N, classes) logits, beside (N,) int64 labels."""
+    confusion = count_confusion(logits, labels)
+    in_top5 = logits.topk(min(5, len(classes))).indices == labels[:, None]
     metrics = {
         "test": accuracy(int(confusion.trace()), len(labels)),
         "top5": accuracy(int(in_top5.sum()), len(labels)),
         "per_class": class_accuracies(confusion, classes),
         "confused_pairs": confused_pairs(confusion, classes),
     }
-    if tta:
-        tta_confusion = count_confusion(mean, labels)
-        metrics["tta"] = accuracy(int(tta_confusion.trace()), len(labels))
-        metrics["tta"]["per_class"] = class_accuracies(tta_confusion, classes)
+    if have_years(classes):
+        metrics["errors"] = error_kinds(confusion, classes)
     return metrics
+
+
+def list_predictions(test, single, mean, tta: bool) -> list[dict]:
+    """The lines of predictions.csv, one for each test photo; confidences are softmax's (0…1)."""
+    classes = test.features["label"].names
+    labels = torch.tensor(test["label"])
+    shares = single.softmax(1)
+
+    def names(indices: torch.Tensor) -> list[str]:
+        return [classes[index] for index in indices.tolist()]
+
+    columns = {
+        "row": range(len(test)),
+        # Flattened, or the photos would be read as well.
+        "file": [Path(path or "").name for path in test.flatten()["image.path"]],
+        "true": names(labels),
+        "predicted": names(single.argmax(1)),
+        "confidence": shares.amax(1).tolist(),
+        "true_confidence": shares.gather(1, labels[:, None]).flatten().tolist(),
+    }
+    if tta:
+        columns["tta_predicted"] = names(mean.argmax(1))
+        columns["tta_confidence"] = mean.softmax(1).amax(1).tolist()
+    return [dict(zip(columns, line, strict=True)) for line in zip(*columns.values(), strict=True)]
 
 
 def print_classes(title: str, class_rows: list[dict]):
@@ -192,24 +247,40 @@ def print_classes(title: str, class_rows: list[dict]):
         print(f"{share:>8}  {counts:>7}  {row['index']:>4}  {row['name']}")
 
 
+def print_errors(title: str, errors: dict):
+    print(f"\n{title}")
+    print(
+        f"another year of the right model: {errors['year_only']}; another model of the right make: "
+        f"{errors['same_make']}; another make: {errors['other_make']}"
+    )
+    print(
+        f"right make and model: {errors['model_accuracy']:.2%} of all photos; "
+        f"right make: {errors['make_accuracy']:.2%}"
+    )
+
+
 def print_metrics(metrics: dict):
     worst = worst_first(metrics["per_class"])
-    print(f"\ntest accuracy   {with_interval(metrics['test'])}")
-    print(f"top-5 accuracy  {with_interval(metrics['top5'])}")
+    tta = metrics.get("tta")
     print_classes("accuracy per class", metrics["per_class"])
     print_classes("ten worst classes", worst[:10])
     print_classes("ten best classes", worst[::-1][:10])
-    if "tta" in metrics:
-        gain = 100 * (metrics["tta"]["accuracy"] - metrics["test"]["accuracy"])
-        print(f"\nsix views       {with_interval(metrics['tta'])}")
-        print(f"                {gain:+.2f} points to the single view")
-        print_classes("ten worst classes of the single view", worst[:10])
-        tta_worst = worst_first(metrics["tta"]["per_class"])
-        print_classes("ten worst classes of the six views", tta_worst[:10])
+    if tta:
+        print_classes("ten worst classes of the six views", worst_first(tta["per_class"])[:10])
     print("\nmost confused pairs: count, share of the true class, true → predicted")
     for pair in metrics["confused_pairs"]:
         names = f"{pair['true']} → {pair['predicted']}"
         print(f"{pair['count']:>4}  {pair['share']:>8.2%}  {names}")
+    if "errors" in metrics:
+        print_errors("how the errors differ", metrics["errors"])
+        if tta:
+            print_errors("how the errors of the six views differ", tta["errors"])
+    print(f"\ntest accuracy   {with_interval(metrics['test'])}")
+    print(f"top-5 accuracy  {with_interval(metrics['top5'])}")
+    if tta:
+        gain = 100 * (tta["accuracy"] - metrics["test"]["accuracy"])
+        print(f"six views       {with_interval(tta)}")
+        print(f"                {gain:+.2f} points to the single view")
 
 
 def write_metrics(metrics: dict, args: argparse.Namespace):
@@ -221,7 +292,7 @@ def write_metrics(metrics: dict, args: argparse.Namespace):
     text = json.dumps(contents, indent=2, ensure_ascii=False, default=str)
     path = args.output_dir / "metrics.json"
     train.atomic_write(path, text.encode())
-    print(f"\nwrote {path}")
+    print(f"wrote {path}")
 
 
 # ---------------------------------------------------------------- figures
@@ -267,6 +338,11 @@ def plot_confusion(confusion: np.ndarray, classes: list[str]) -> Figure:
     lines = np.arange(count + 1) - 0.5  # between the cells
     axes.hlines(lines, -0.5, count - 0.5, color="0.9", linewidth=0.5)
     axes.vlines(lines, -0.5, count - 0.5, color="0.9", linewidth=0.5)
+    if have_years(classes):
+        makes = [make_of(name) for name in classes]
+        changes = [row - 0.5 for row in range(1, count) if makes[row] != makes[row - 1]]
+        axes.hlines(changes, -0.5, count - 0.5, color="0.5", linewidth=0.5)
+        axes.vlines(changes, -0.5, count - 0.5, color="0.5", linewidth=0.5)
     figure.colorbar(image, ax=axes, shrink=0.5, label="share of the true class")
     return figure
 
@@ -306,29 +382,30 @@ def draw_grad_cam(path: Path, cells: list[Cell], model, batch_size: int):
     save_figure(plot_grad_cam(cells, maps), path)
 
 
-def choose_errors(logits, labels, class_rows: list[dict], random) -> list[int]:
-    """The row of one misclassified photo, drawn by `random`, of each of the five worst classes."""
-    wrong = logits.argmax(1) != labels
-    rows = []
+def choose_errors(predictions: list[dict], class_rows: list[dict], random) -> list[dict]:
+    """One error, drawn by `random`, of each of the five worst classes."""
+    chosen = []
     for class_row in worst_first(class_rows)[:5]:
-        errors = torch.nonzero(wrong & (labels == class_row["index"])).flatten()
-        if len(errors) > 0:
-            rows.append(int(random.choice(errors)))
-    return rows
+        of_class = [line for line in predictions if line["true"] == class_row["name"]]
+        errors = [line for line in of_class if line["predicted"] != line["true"]]
+        if errors:
+            chosen.append(errors[random.integers(len(errors))])
+    return chosen
 
 
-def cell_of_row(row: int, photos: CarPhotos, logits, classes: list[str]) -> Cell:
-    """The test photo in `row`, titled with its true and its predicted class."""
-    views, label = photos["test", row, 0]
-    confidence, guess = logits[row].softmax(0).max(0)
-    right = guess == label
+def cell_of(prediction: dict, photos: CarPhotos, classes: list[str]) -> Cell:
+    """A test photo, titled with its true and its predicted class."""
+    views, _ = photos["test", prediction["row"], 0]
+    predicted = prediction["predicted"]
+    right = predicted == prediction["true"]
     verdict = "right" if right else "WRONG"
     title = (
-        f"true: {classes[label]}\n"
-        f"predicted: {classes[guess]}\n"
-        f"{verdict}, confidence {confidence:.2%}"
+        f"true: {prediction['true']}\n"
+        f"predicted: {predicted}\n"
+        f"{verdict}, confidence {prediction['confidence']:.2%}"
     )
-    return Cell(views[0], int(guess), title, color="darkgreen" if right else "firebrick")
+    color = "darkgreen" if right else "firebrick"
+    return Cell(views[0], classes.index(predicted), title, color)
 
 
 # ---------------------------------------------------------------- command line
@@ -474,23 +551,32 @@ def main(argv: list[str] | None = None):
     photos = CarPhotos({"test": test}, {"test": views}, args.resolution)
     single, mean = predict_all(model, photos, args, autocast)
     labels = torch.tensor(test["label"])
-    metrics = compute_metrics(single, mean, labels, classes, args.tta)
+    metrics = compute_metrics(single, labels, classes)
+    if args.tta:
+        of_six = compute_metrics(mean, labels, classes)
+        metrics["tta"] = {**of_six.pop("test"), **of_six}
     print_metrics(metrics)
 
     names = ("confusion_matrix.png", "gradcam_samples.png", "gradcam_worst.png")
     figures = [args.output_dir / name for name in names]
     for path in figures:
         path.unlink(missing_ok=True)  # An older evaluation's figure is not this one's.
+    print()
     write_metrics(metrics, args)  # Before the figures: if one fails, the numbers are there.
+    predictions = list_predictions(test, single, mean, args.tta)
+    path = args.output_dir / "predictions.csv"
+    train.write_csv(predictions, path)
+    print(f"wrote {path}")
     use_fonts_for("".join(classes))
     save_figure(plot_confusion(count_confusion(single, labels), classes), figures[0])
     if args.num_gradcam == 0:
         return
     random = np.random.default_rng(args.seed)
-    samples = random.permutation(len(test))[: args.num_gradcam].tolist()
-    errors = choose_errors(single, labels, metrics["per_class"], random)
-    for path, rows in zip(figures[1:], (samples, errors), strict=True):
-        cells = [cell_of_row(row, photos, single, classes) for row in rows]
+    rows = random.permutation(len(test))[: args.num_gradcam]
+    samples = [predictions[row] for row in rows]
+    errors = choose_errors(predictions, metrics["per_class"], random)
+    for path, lines in zip(figures[1:], (samples, errors), strict=True):
+        cells = [cell_of(prediction, photos, classes) for prediction in lines]
         if cells:
             draw_grad_cam(path, cells, model, args.batch_size)
         else:

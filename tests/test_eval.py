@@ -1,11 +1,14 @@
 """eval.py: its figures beside plain ones, its report, its pictures and somebody's own photos."""
 
 import contextlib
+import csv
 import io
 import json
 import math
 import os
 import re
+import shutil
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -20,7 +23,7 @@ from matplotlib.font_manager import FontEntry, fontManager
 from PIL import Image
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-from scripts import refusal, success
+from scripts import ROOT, refusal, success
 from small import small_resnet
 from torchvision import transforms
 
@@ -183,18 +186,18 @@ PARTS = [
     "checkpoint",
     "64 px",
     "32 photos",
-    "test accuracy",
-    "95 % CI",
-    "top-5 accuracy",
     "accuracy per class",
     "ten worst classes",
     "ten best classes",
-    "six views",
-    "points to the single view",
-    "ten worst classes of the single view",
     "ten worst classes of the six views",
     "most confused pairs",
+    "test accuracy",
+    "95 % CI",
+    "top-5 accuracy",
+    "six views  ",
+    "points to the single view",
     "metrics.json",
+    "predictions.csv",
     "confusion_matrix.png",
     "gradcam_samples.png",
     "gradcam_worst.png",
@@ -210,6 +213,32 @@ def test_the_report_is_complete_and_in_order(report, trained):
     assert f"{gain:+.2f} points" in out
     assert metrics["settings"]["dataset"] == str(trained.cars)
     assert metrics["versions"]["torch"] == torch.__version__.split("+")[0]
+    # The drawn classes have no years.
+    assert "how the errors" not in out
+    assert "errors" not in metrics
+
+
+def read_predictions(folder) -> list[dict]:
+    with open(folder / "predictions.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_predictions_are_those_of_plain_logits(report, photos, plain_logits, trained):
+    lines = read_predictions(report[0])
+    classes = load(trained.run / "best_model.pth")["classes"]
+    labels = torch.tensor([label for _, label in photos])
+    assert [int(line["row"]) for line in lines] == list(range(32))
+    assert [line["true"] for line in lines] == [classes[label] for label in labels]
+    shares = plain_logits[:, 0].softmax(1)
+    true_shares = shares[torch.arange(32), labels]
+    tta_shares = plain_logits.mean(1).softmax(1)
+    for name, expected in (("", shares), ("tta_", tta_shares)):
+        predicted = [line[f"{name}predicted"] for line in lines]
+        assert predicted == [classes[index] for index in expected.argmax(1)]
+        confidence = [float(line[f"{name}confidence"]) for line in lines]
+        assert confidence == pytest.approx(expected.amax(1).tolist(), abs=1e-3)
+    true_confidence = [float(line["true_confidence"]) for line in lines]
+    assert true_confidence == pytest.approx(true_shares.tolist(), abs=1e-3)
 
 
 @pytest.mark.parametrize("count", [1, 5, 16, 32])
@@ -260,19 +289,36 @@ def test_metrics_are_there_when_a_figure_fails(trained, tmp_path, run_eval, monk
     assert json.loads((tmp_path / "metrics.json").read_text())["test"]["total"] == 32
 
 
+def test_the_readmes_lines_name_a_photos_class(
+    trained, photos, plain_logits, tmp_path, monkeypatch, capsys
+):
+    source = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    classes = load(trained.run / "best_model.pth")["classes"]
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(trained.run / "best_model.pth", tmp_path)
+    for row in range(8):
+        (tmp_path / "car.jpg").write_bytes(photos[row][0])
+        exec(source, {})
+        assert capsys.readouterr().out == f"{classes[plain_logits[row, 0].argmax()]}\n"
+
+
 # ---------------------------------------------------------------- odd data sets
+
+
+def write_untrained(path: Path, classes: list[str]) -> Path:
+    """Write a checkpoint of an untrained network that takes any photo for the second class."""
+    torch.manual_seed(0)
+    network = small_resnet(num_classes=len(classes))
+    network.fc.bias.data = torch.full([len(classes)], -100.0)
+    network.fc.bias.data[1] = 100
+    checkpoint = {"model": network.state_dict(), "classes": classes, "resolution": 33}
+    torch.save({**checkpoint, "epoch": 1}, path)
+    return path
 
 
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory):
-    """A checkpoint of an untrained network that takes any photo for the second of two classes."""
-    torch.manual_seed(0)
-    network = small_resnet(num_classes=2)
-    network.fc.bias.data = torch.tensor([-100.0, 100.0])
-    checkpoint = {"model": network.state_dict(), "classes": ["$x_{$", "b$"], "resolution": 33}
-    path = tmp_path_factory.mktemp("untrained") / "best_model.pth"
-    torch.save({**checkpoint, "epoch": 1}, path)
-    return path
+    return write_untrained(tmp_path_factory.mktemp("untrained") / "best_model.pth", ["$x_{$", "b$"])
 
 
 def two_classes(folder, label: int):
@@ -319,7 +365,7 @@ def test_no_gradcam_and_another_resolution(run_eval, untrained, tmp_path):
         (tmp_path / "out" / name).write_bytes(b"of an older run")
     assert "33 px); evaluated at 40 px" in success(run_eval(*flags))
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert written == ["confusion_matrix.png", "metrics.json"]
+    assert written == ["confusion_matrix.png", "metrics.json", "predictions.csv"]
 
 
 def test_at_32_px_there_is_no_gradcam_and_a_word(run_eval, untrained, tmp_path):
@@ -343,6 +389,63 @@ def test_classes_in_another_order_are_those_of_the_checkpoint(report, trained, r
     assert metrics["test"] == report[2]["test"]
     assert metrics["per_class"] == report[2]["per_class"]
     assert metrics["confused_pairs"] == report[2]["confused_pairs"]
+
+
+# ---------------------------------------------------------------- classes with makes and years
+
+MAKES = [
+    "AM General Hummer SUV 2000",
+    "Audi S4 Sedan 2007",
+    "Audi S4 Sedan 2012",
+    "Audi TT RS 2012",
+]
+
+
+@pytest.fixture
+def years(run_eval, tmp_path):
+    """Evaluate photos of MAKES, all taken for the second: the output, and the folder written to."""
+    for name, count in zip(MAKES, (1, 4, 2, 3), strict=True):
+        for number in range(count):
+            path = tmp_path / "cars/test" / name / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(jpeg(number))
+    checkpoint = write_untrained(tmp_path / "best_model.pth", MAKES)
+    flags = ["--checkpoint", checkpoint, "--dataset", tmp_path / "cars", "--output-dir", tmp_path]
+    return success(run_eval(*flags, "--tta", "--num-gradcam", 1)), tmp_path
+
+
+def test_errors_are_told_apart_by_year_and_make(years):
+    out, folder = years
+    expected = {"year_only": 2, "same_make": 3, "other_make": 1}
+    expected.update(model_accuracy=0.6, make_accuracy=0.9)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["errors"] == expected
+    assert metrics["tta"]["errors"] == expected
+    lines = out.splitlines()
+    for views in ("", "of the six views "):
+        start = lines.index(f"how the errors {views}differ")
+        assert re.findall(r"\d+", lines[start + 1]) == ["2", "3", "1"]
+        assert re.findall(r"[\d.]+%", lines[start + 2]) == ["60.00%", "90.00%"]
+    assert out.index("most confused pairs") < out.index("how the errors")
+    assert out.index("how the errors of the six views") < out.index("test accuracy")
+
+
+def test_predictions_name_the_files(years):
+    lines = read_predictions(years[1])
+    assert [line["file"] for line in lines] == [
+        f"{number}.jpg" for number in (0, 0, 1, 2, 3, 0, 1, 0, 1, 2)
+    ]
+    assert [line["true"] for line in lines[:6]] == [MAKES[0], *[MAKES[1]] * 4, MAKES[2]]
+    assert {line["predicted"] for line in lines} == {MAKES[1]}
+
+
+def test_the_confusion_matrix_has_a_line_where_the_make_changes():
+    figure = evaluation.plot_confusion(confusion=np.eye(4, dtype=int), classes=MAKES)
+    plain = evaluation.plot_confusion(confusion=np.eye(4, dtype=int), classes=["a", "b", "c", "d"])
+    added = figure.axes[0].collections[len(plain.axes[0].collections) :]
+    across, down = [lines.get_segments() for lines in added]
+    assert [segment[:, 1].tolist() for segment in across] == [[0.5, 0.5]]
+    assert [segment[:, 0].tolist() for segment in down] == [[0.5, 0.5]]
 
 
 # ---------------------------------------------------------------- large figures, rare signs
