@@ -56,6 +56,17 @@ def test_history_and_curves(finished):
     assert sorted(path.name for path in finished.iterdir()) == [".lock", *FILES]
 
 
+def test_the_curves_are_losses_on_a_logarithmic_axis_and_accuracies_in_per_cent():
+    row = {"epoch": 1, "lr": 0.1, "train_loss": 5.0, "test_loss": 154.0}
+    row.update(train_accuracy=0.25, test_accuracy=0.5)
+    figure = train.plot_history([row, {**row, "epoch": 2, "lr": 0.01, "train_loss": 0.0}])
+    losses, accuracies = figure.axes
+    assert losses.get_yscale() == "log"
+    assert losses.get_lines()[1].get_ydata().tolist() == [154, 154]
+    assert accuracies.get_lines()[0].get_ydata().tolist() == [25, 25]
+    figure.savefig(io.BytesIO())
+
+
 def test_the_best_epoch_is_kept_and_named_beside_the_last(run_train, tmp_path, monkeypatch):
     accuracies = iter([0.25, 0.75, 0.5, 0.75])
     evaluate = train.evaluate
