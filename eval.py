@@ -4,9 +4,9 @@
     python eval.py --tta --num-gradcam 32       # also the average of six views; more GradCAM photos
     python eval.py --images car.jpg holidays    # the five likeliest classes of your own photos
 
-TTA is the mean of the logits of three scales, each as it is and mirrored. The figures reported by
-github.com/patr1ckzhu/transfer-learning-stanford-cars: at 448 px 91.78 %, with TTA 91.93 %; at
-224 px 89.38 % and 90.32 %.
+TTA averages the logits of three scales, each as it is and mirrored. Reported by
+github.com/patr1ckzhu/transfer-learning-stanford-cars, and not measured with this code, are 91.78 %
+at 448 px, with TTA 91.93 %, and at 224 px 89.38 % and 90.32 %.
 """
 
 import argparse
@@ -27,10 +27,11 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-# Set before pytorch_grad_cam imports pyplot, since a notebook's backend may be missing.
+# pytorch_grad_cam imports pyplot, and a notebook sets this to a backend that may not be installed.
 os.environ["MPLBACKEND"] = "agg"
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # As in train.py.
+    # Ctrl-C ends the process at once and without a traceback, as in train.py.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import matplotlib
 import numpy as np
@@ -54,7 +55,7 @@ def load_model(checkpoint: dict) -> torch.nn.Module:
     model = resnet50(num_classes=len(checkpoint["model"]["fc.bias"]))
     model.load_state_dict(checkpoint["model"])
     model.to(train.DEVICE, memory_format=torch.channels_last).eval()
-    # GradCAM takes gradients at the last block: through the rest, they would keep all activations.
+    # GradCAM needs gradients at the last block alone. The rest then keeps no activations for them.
     model.requires_grad_(False)
     model.layer4[-1].requires_grad_(True)
     return model
@@ -66,45 +67,49 @@ def crop_views(photo: torch.Tensor, resolution: int, tta: bool) -> torch.Tensor:
     The first is the view that training is tested on (shorter side int(R·256/224)); with `tta`,
     one of shorter side R and one of int(R·288/224) follow.
     """
-    sides = (256, 224, 288) if tta else (256,)
-    return torch.stack([train.center_crop(photo, resolution, side) for side in sides])
+    sides_for_224 = (256, 224, 288) if tta else (256,)
+    return torch.stack([train.center_crop(photo, resolution, side) for side in sides_for_224])
 
 
 @torch.no_grad()
 def predict(model, views: torch.Tensor, autocast) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of (B, V, R, R, 3) uint8 views: of the first, and the mean of all and their mirrors.
+    """Logits of (B, V, R, R, 3) uint8 views: (B, classes) float32 on the CPU, twice.
 
-    Both are (B, classes) float32 on the CPU. With one view (no TTA), the second is the first.
+    The first are those of the first view, the second the mean over all views and their mirrors.
+    With one view (no TTA) the two are the same. Raises InputError where logits are not finite.
     """
     crops = list(views.to(train.DEVICE, non_blocking=True).unbind(1))
     if len(crops) > 1:
         crops.extend([crop.flip(-2) for crop in crops])  # Mirrored left to right.
     with autocast:
-        logits = torch.stack([model(move_and_normalize(crop)).float() for crop in crops])
-    return logits[0].cpu(), logits.mean(0).cpu()
+        logits = torch.stack([model(move_and_normalize(crop)).float() for crop in crops]).cpu()
+    if not logits.isfinite().all():
+        raise InputError("the logits are not finite: try --no-amp, or another --checkpoint")
+    return logits[0], logits.mean(0)
 
 
 def predict_all(model, photos: CarPhotos, args, autocast) -> tuple[torch.Tensor, torch.Tensor]:
-    """`predict` for all photos; raises InputError where logits are not finite."""
-    batches = train.test_batches(len(photos.cars["test"]), args.batch_size)
-    loader = train.make_loader(photos, batches, args.workers)
-    bar = train.next_batches(loader, len(batches), "test")
-    logits = [predict(model, views, autocast) for views, _ in bar]
+    """`predict` for all test photos."""
+    keys = train.test_batches(len(photos.cars["test"]), args.batch_size)
+    loader = train.make_loader(photos, keys, args.workers)
+    batches = train.next_batches(loader, len(keys), "test")
+    logits = [predict(model, views, autocast) for views, _ in batches]
     single = torch.cat([first for first, _ in logits])
     mean = torch.cat([average for _, average in logits])
-    if not (single.isfinite().all() and mean.isfinite().all()):
-        raise InputError(f"{args.checkpoint} gives logits that are not finite: try --no-amp")
     return single, mean
 
 
-def grad_cam(model, crops: torch.Tensor, classes: list[int], batch_size: int) -> np.ndarray:
-    """GradCAM maps of (N, R, R, 3) uint8 crops for `classes`, at layer4[-1]: (N, R, R) in 0…1."""
+def grad_cam(model, crops: torch.Tensor, targets: list[int], batch_size: int) -> np.ndarray:
+    """GradCAM maps of (N, R, R, 3) uint8 crops: (N, R, R) float32 in 0…1, at layer4[-1].
+
+    Each is for the class that `targets` has for its crop. It is computed in float32.
+    """
     maps = []
     with GradCAM(model, [model.layer4[-1]]) as cam:
         for start in range(0, len(crops), batch_size):
             batch = slice(start, start + batch_size)
-            targets = [ClassifierOutputTarget(index) for index in classes[batch]]
-            maps.append(cam(move_and_normalize(crops[batch]), targets))
+            outputs = [ClassifierOutputTarget(target) for target in targets[batch]]
+            maps.append(cam(move_and_normalize(crops[batch]), outputs))
     return np.concatenate(maps)
 
 
@@ -113,6 +118,7 @@ def grad_cam(model, crops: torch.Tensor, classes: list[int], batch_size: int) ->
 
 def accuracy(correct: int, total: int) -> dict:
     """Accuracy (0…1) with the bounds of its 95 % Wilson score interval, of at least one photo."""
+    # Only scipy's test of a proportion gives its interval.
     low, high = binomtest(correct, total).proportion_ci(0.95, "wilson")
     return {
         "accuracy": correct / total,
@@ -131,9 +137,9 @@ def with_interval(measured: dict) -> str:
 
 def count_confusion(logits: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
     """(classes, classes) counts: rows are the true classes, columns the predicted ones."""
-    classes = logits.shape[1]
-    pairs = labels * classes + logits.argmax(1)
-    return pairs.bincount(minlength=classes**2).view(classes, classes).numpy()
+    num_classes = logits.shape[1]
+    pairs = labels * num_classes + logits.argmax(1)
+    return pairs.bincount(minlength=num_classes**2).view(num_classes, num_classes).numpy()
 
 
 def class_accuracies(confusion: np.ndarray, classes: list[str]) -> list[dict]:
@@ -163,6 +169,7 @@ def confused_pairs(confusion: np.ndarray, classes: list[str]) -> list[dict]:
 
 
 def make_of(name: str) -> str:
+    """The make of a car, which is the first word of its class's name."""
     return name.partition(" ")[0]
 
 
@@ -171,7 +178,7 @@ def without_year(name: str) -> str:
 
 
 def have_years(classes: list[str]) -> bool:
-    """Whether classes are named as Stanford Cars': the make first, and the year last."""
+    """Whether classes are named as Stanford Cars': some end in a year, and so begin with a make."""
     return any(without_year(name) != name for name in classes)
 
 
@@ -181,11 +188,13 @@ def error_kinds(confusion: np.ndarray, classes: list[str]) -> dict:
     Also the accuracy (0…1) that is left if only make and model, or only the make, have to be right.
     """
     makes = np.array([make_of(name) for name in classes])
-    models = np.array([without_year(name) for name in classes])
+    car_models = np.array([without_year(name) for name in classes])
+    same_make = makes[:, None] == makes  # (classes, classes) bool
+    same_model = car_models[:, None] == car_models
     total = int(confusion.sum())
     right = int(confusion.trace())
-    right_model = int(confusion[models[:, None] == models].sum())
-    right_make = int(confusion[makes[:, None] == makes].sum())
+    right_model = int(confusion[same_model].sum())
+    right_make = int(confusion[same_make].sum())
     return {
         "year_only": right_model - right,
         "same_make": right_make - right_model,
@@ -200,9 +209,8 @@ def worst_first(class_rows: list[dict]) -> list[dict]:
     return sorted(tested, key=lambda row: row["accuracy"])
 
 
-def compute_metrics(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> dict:
-    """Accuracies and errors of (N, classes) logits, beside (N,) int64 labels."""
-    confusion = count_confusion(logits, labels)
+def compute_metrics(logits, confusion: np.ndarray, labels, classes: list[str]) -> dict:
+    """Accuracies and errors of (N, classes) logits and (N,) int64 labels, and their confusion."""
     in_top5 = logits.topk(min(5, len(classes))).indices == labels[:, None]
     metrics = {
         "test": accuracy(int(confusion.trace()), len(labels)),
@@ -219,24 +227,26 @@ def list_predictions(test, single, mean, tta: bool) -> list[dict]:
     """The lines of predictions.csv, one for each test photo; confidences are softmax's (0…1)."""
     classes = test.features["label"].names
     labels = torch.tensor(test["label"])
-    shares = single.softmax(1)
+    probabilities = single.softmax(1)
 
     def names(indices: torch.Tensor) -> list[str]:
         return [classes[index] for index in indices.tolist()]
 
+    # Flattened to the columns image.bytes and image.path, so that no photo has to be read.
+    paths = test.flatten()["image.path"]
     columns = {
         "row": range(len(test)),
-        # Flattened, or the photos would be read as well.
-        "file": [Path(path or "").name for path in test.flatten()["image.path"]],
+        "file": [Path(path or "").name for path in paths],
         "true": names(labels),
         "predicted": names(single.argmax(1)),
-        "confidence": shares.amax(1).tolist(),
-        "true_confidence": shares.gather(1, labels[:, None]).flatten().tolist(),
+        "confidence": probabilities.amax(1).tolist(),
+        "true_confidence": probabilities.gather(1, labels[:, None]).flatten().tolist(),
     }
     if tta:
         columns["tta_predicted"] = names(mean.argmax(1))
         columns["tta_confidence"] = mean.softmax(1).amax(1).tolist()
-    return [dict(zip(columns, line, strict=True)) for line in zip(*columns.values(), strict=True)]
+    lines = zip(*columns.values(), strict=True)
+    return [dict(zip(columns, line, strict=True)) for line in lines]
 
 
 def print_classes(title: str, class_rows: list[dict]):
@@ -285,13 +295,14 @@ def print_metrics(metrics: dict):
 
 def write_metrics(metrics: dict, args: argparse.Namespace):
     """Write metrics.json: what was printed, with the settings and versions behind it."""
-    packages = ("torch", "torchvision", "datasets", "grad-cam", "numpy")
+    packages = ("torch", "torchvision", "torchcodec", "datasets", "grad-cam", "numpy")
     versions = {name: version(name) for name in packages}
     versions["python"] = platform.python_version()
     contents = {**metrics, "settings": vars(args), "versions": versions}
     text = json.dumps(contents, indent=2, ensure_ascii=False, default=str)
     path = args.output_dir / "metrics.json"
-    train.atomic_write(path, text.encode())
+    # A path that is not UTF-8 becomes an escape, which JSON has as well.
+    train.atomic_write(path, text.encode(errors="backslashreplace"))
     print(f"wrote {path}")
 
 
@@ -299,21 +310,21 @@ def write_metrics(metrics: dict, args: argparse.Namespace):
 
 
 def use_fonts_for(text: str):
-    """Have matplotlib take a font of the system for what its own lacks in `text`, as Chinese."""
+    """Let matplotlib take what its font lacks in `text`, as Chinese, from a font of the system."""
     own = get_font(findfont("DejaVu Sans")).get_charmap().keys()
     missing = set(map(ord, text)) - own - {ord("\n")}
     if not missing:
         return
     for font in fontManager.ttflist:
-        if font.name.startswith("Last Resort"):  # matplotlib's own, with a box for every sign.
+        if font.name.startswith("Last Resort"):  # matplotlib's own: a box for every character.
             continue
         with contextlib.suppress(OSError, RuntimeError):  # It may be gone, or damaged.
             if missing <= get_font(font.fname).get_charmap().keys():
                 matplotlib.rcParams["font.family"] = ["DejaVu Sans", font.name]
                 return
-    signs = "".join(map(chr, sorted(missing)[:5]))
-    print(f"no font of this system has all of {signs} …: figures show boxes instead")
-    warnings.filterwarnings("ignore", "Glyph")  # One of matplotlib's for each of these signs.
+    characters = "".join(map(chr, sorted(missing)[:5]))
+    print(f"no font of this system has all of {characters} …: figures show boxes instead")
+    warnings.filterwarnings("ignore", "Glyph")  # matplotlib would warn of each of them.
 
 
 def save_figure(figure: Figure, path: Path):
@@ -328,10 +339,12 @@ def plot_confusion(confusion: np.ndarray, classes: list[str]) -> Figure:
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     count = len(classes)
     longest = max(len(name) for name in classes)
-    side = min(160, 0.16 * count + 0.07 * longest + 2)  # inches: cells, names, the bar
+    side = 0.16 * count + 0.07 * longest + 2  # inches: cells, names, the bar
+    side = min(160, side)  # 16,000 pixels
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(np.ma.masked_equal(share, 0), cmap="viridis_r", vmin=0, vmax=1)
+    shown = np.ma.masked_equal(share, 0)  # What never occurs stays white.
+    image = axes.imshow(shown, cmap="viridis_r", vmin=0, vmax=1)
     axes.set_xticks(range(count), classes, rotation=90, fontsize=7, parse_math=False)
     axes.set_yticks(range(count), classes, fontsize=7, parse_math=False)
     axes.set(xlabel="predicted class", ylabel="true class")
@@ -348,7 +361,7 @@ def plot_confusion(confusion: np.ndarray, classes: list[str]) -> Figure:
 
 
 @dataclass
-class Cell:
+class Panel:
     """A photo in a GradCAM figure: its (R, R, 3) uint8 crop, and the class to explain."""
 
     crop: torch.Tensor
@@ -357,45 +370,45 @@ class Cell:
     color: str
 
 
-def plot_grad_cam(cells: list[Cell], maps: np.ndarray) -> Figure:
-    """Each cell's title, its crop, and its (R, R) map of `maps` on the crop."""
-    columns = min(3, len(cells))
-    rows = math.ceil(len(cells) / 3)
+def plot_grad_cam(panels: list[Panel], maps: np.ndarray) -> Figure:
+    """Each panel's title, its crop, and its (R, R) map of `maps` on the crop."""
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / 3)
     height = 2.75 * rows  # inches, of which each row's title takes 0.6
     figure = Figure(figsize=(4.4 * columns, height))
-    top = 1 - 0.6 / height
-    figure.subplots_adjust(0.02, 0.05 / height, 0.99, top, wspace=0.04, hspace=0.3)
-    for number, (cell, heat) in enumerate(zip(cells, maps, strict=True), 1):
+    figure.subplots_adjust(left=0.02, bottom=0.05 / height, right=0.99, top=1 - 0.6 / height)
+    figure.subplots_adjust(wspace=0.04, hspace=0.3)
+    for number, (panel, heat) in enumerate(zip(panels, maps, strict=True), 1):
         axes = figure.add_subplot(rows, columns, number)
         axes.axis("off")
-        image = cell.crop.numpy() / np.float32(255)
+        image = panel.crop.numpy() / np.float32(255)  # show_cam_on_image takes float32 in 0…1.
         gap = np.ones((len(image), len(image) // 20, 3))
         overlay = show_cam_on_image(image, heat, use_rgb=True, image_weight=0.6) / 255
         axes.imshow(np.concatenate([image, gap, overlay], axis=1))
-        axes.set_title(cell.title, fontsize=7, loc="left", color=cell.color, parse_math=False)
+        axes.set_title(panel.title, fontsize=7, loc="left", color=panel.color, parse_math=False)
     return figure
 
 
-def draw_grad_cam(path: Path, cells: list[Cell], model, batch_size: int):
-    crops = torch.stack([cell.crop for cell in cells])
-    maps = grad_cam(model, crops, [cell.target for cell in cells], batch_size)
-    save_figure(plot_grad_cam(cells, maps), path)
+def draw_grad_cam(path: Path, panels: list[Panel], model, batch_size: int):
+    crops = torch.stack([panel.crop for panel in panels])
+    maps = grad_cam(model, crops, [panel.target for panel in panels], batch_size)
+    save_figure(plot_grad_cam(panels, maps), path)
 
 
-def choose_errors(predictions: list[dict], class_rows: list[dict], random) -> list[dict]:
-    """One error, drawn by `random`, of each of the five worst classes."""
+def choose_errors(predictions: list[dict], class_rows: list[dict], rng) -> list[dict]:
+    """One error, drawn by `rng`, of each of the five worst classes."""
     chosen = []
     for class_row in worst_first(class_rows)[:5]:
         of_class = [line for line in predictions if line["true"] == class_row["name"]]
         errors = [line for line in of_class if line["predicted"] != line["true"]]
         if errors:
-            chosen.append(errors[random.integers(len(errors))])
+            chosen.append(errors[rng.integers(len(errors))])
     return chosen
 
 
-def cell_of(prediction: dict, photos: CarPhotos, classes: list[str]) -> Cell:
+def panel_of(prediction: dict, photos: CarPhotos, classes: list[str]) -> Panel:
     """A test photo, titled with its true and its predicted class."""
-    views, _ = photos["test", prediction["row"], 0]
+    views, _ = photos["test", prediction["row"], 0]  # A test crop needs no seed, and so has 0.
     predicted = prediction["predicted"]
     right = predicted == prediction["true"]
     verdict = "right" if right else "WRONG"
@@ -405,7 +418,7 @@ def cell_of(prediction: dict, photos: CarPhotos, classes: list[str]) -> Cell:
         f"{verdict}, confidence {prediction['confidence']:.2%}"
     )
     color = "darkgreen" if right else "firebrick"
-    return Cell(views[0], classes.index(predicted), title, color)
+    return Panel(views[0], classes.index(predicted), title, color)
 
 
 # ---------------------------------------------------------------- command line
@@ -429,14 +442,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--num-gradcam", type=train.number(int, 0, 1000), default=16,
         help="photos in gradcam_samples.png; 0 for no GradCAM (%(default)s)")
     add("--seed", type=train.number(int, 0, 2**32), default=42,
-        help="of the choice of photos (%(default)s)")
+        help="of the choice of the photos with GradCAM (%(default)s)")
     add("--workers", type=train.number(int, 0, 256), default=train.DEFAULT_WORKERS,
         help="processes that decode photos (%(default)s)")
-    add("--output-dir", type=Path, default=".", help="for figures and metrics.json (%(default)s)")
+    add("--output-dir", type=Path, default=".", help="for what is written (%(default)s)")
     add("--amp", action=argparse.BooleanOptionalAction, default=True,
-        help="mixed precision, where it is native (on)")
+        help="float16 on CUDA, bfloat16 on a CPU that has it (on)")
     add("--images", nargs="+", metavar="PATH",
-        help="name the classes of these photos, and of those in these folders, instead")
+        help="classify these photos, and those in these folders, instead of the test split")
     # fmt: on
     return parser.parse_args(argv)
 
@@ -445,19 +458,21 @@ def find_images(names: list[str]) -> list[str]:
     """The files that --images names: a folder stands for its photos, a pattern for its matches."""
     paths = []
     for name in names:
-        if Path(name).is_dir():
-            photos, _ = train.find_photos(Path(name))
+        matches = [name]
+        if not Path(name).exists():
+            matches = sorted(glob.glob(name)) or [name]  # Windows leaves patterns to the program.
+        for match in matches:
+            if not Path(match).is_dir():
+                paths.append(match)
+                continue
+            photos, _ = train.find_photos(Path(match))
             if not photos:
-                raise InputError(f"--images {name}: there is no photo in this folder")
+                raise InputError(f"--images {match}: there is no photo in this folder")
             paths += map(str, photos)
-        elif not Path(name).exists():
-            paths += sorted(glob.glob(name)) or [name]  # Windows leaves patterns to the program.
-        else:
-            paths.append(name)
     return paths
 
 
-def name_images(args: argparse.Namespace, model, classes: list[str], autocast):
+def classify_images(args: argparse.Namespace, model, classes: list[str], autocast):
     """Print the five likeliest classes of each of --images, and draw the first ones' GradCAM.
 
     Raises InputError at the end, naming the files that could not be read.
@@ -465,7 +480,7 @@ def name_images(args: argparse.Namespace, model, classes: list[str], autocast):
     paths = find_images(args.images)
     figure_path = args.output_dir / "gradcam_images.png"
     figure_path.unlink(missing_ok=True)  # An older one is not of these photos.
-    cells = []
+    panels = []
     unreadable = []
     for path in paths:
         try:
@@ -484,13 +499,13 @@ def name_images(args: argparse.Namespace, model, classes: list[str], autocast):
         for share, index in zip(confidence, likeliest, strict=True):
             print(f"{share:>9.2%}  {classes[index]}")
         guess = int(likeliest[0])
-        printable = Path(path).name.encode(errors="replace").decode()
+        printable = Path(path).name.encode(errors="replace").decode()  # It may not be UTF-8.
         title = f"{printable[-60:]}\n{classes[guess]}, {confidence[0]:.2%}"
-        if len(cells) < args.num_gradcam:
-            cells.append(Cell(views[0], guess, title, color="black"))
-    if cells:
-        use_fonts_for("".join(cell.title for cell in cells))
-        draw_grad_cam(figure_path, cells, model, args.batch_size)
+        if len(panels) < args.num_gradcam:
+            panels.append(Panel(views[0], guess, title, color="black"))
+    if panels:
+        use_fonts_for("".join(panel.title for panel in panels))
+        draw_grad_cam(figure_path, panels, model, args.batch_size)
     if unreadable:
         names = "; ".join(unreadable)
         raise InputError(f"{len(unreadable)} of {len(paths)} photos cannot be read: {names}")
@@ -498,17 +513,16 @@ def name_images(args: argparse.Namespace, model, classes: list[str], autocast):
 
 def load_test_split(args: argparse.Namespace, checkpoint: dict):
     """The test split, its labels in the order of the checkpoint's classes."""
-    named = checkpoint.get("classes")
-    test = train.load_cars(args.dataset, ("test",), named)["test"]
-    classes = test.features["label"].names
-    num_classes = len(checkpoint["model"]["fc.bias"])
-    if len(classes) != num_classes:
-        raise InputError(
-            f"{args.checkpoint} has {num_classes} classes, and --dataset {args.dataset} "
-            f"{len(classes)}: name the data set that it was trained on"
-        )
+    known_classes = checkpoint.get("classes")
+    test = train.load_cars(args.dataset, ("test",), known_classes)["test"]
+    num_classes = test.features["label"].num_classes
     print(f"test        {args.dataset}: {len(test)} photos, {num_classes} classes")
-    if named is None:
+    if known_classes is None:
+        if num_classes != len(checkpoint["model"]["fc.bias"]):
+            raise InputError(
+                f"{args.checkpoint} has {len(checkpoint['model']['fc.bias'])} classes: name the "
+                "--dataset that it was trained on"
+            )
         print(f"            {args.checkpoint} names no classes: those of the data set are assumed,")
         print("            in its order; in another order, all that follows is wrong")
     return test
@@ -529,7 +543,7 @@ def main(argv: list[str] | None = None):
     epoch = checkpoint.get("epoch", "unknown")
     trained = f"epoch {epoch}, {trained_at} px"
     print(f"checkpoint  {args.checkpoint} ({trained}); evaluated at {args.resolution} px")
-    if args.resolution == 32 and args.num_gradcam:
+    if args.resolution == 32 and args.num_gradcam:  # The smallest, which layer4 divides by 32.
         print("            no GradCAM: at 32 px, its map would be a single pixel")
         args.num_gradcam = 0
     train.start_process()
@@ -538,49 +552,51 @@ def main(argv: list[str] | None = None):
     print(f"device      {train.DEVICE.type}, {precision}")
     model = load_model(checkpoint)
     if args.images:
-        num_classes = len(checkpoint["model"]["fc.bias"])
-        numbered = [f"class {index}" for index in range(num_classes)]
-        name_images(args, model, checkpoint.get("classes", numbered), autocast)
+        numbered = [f"class {index}" for index in range(model.fc.out_features)]
+        classify_images(args, model, checkpoint.get("classes", numbered), autocast)
         return
 
     settings = checkpoint.get("settings", {})
     args.dataset = args.dataset or settings.get("dataset", train.DEFAULT_DATASET)
     test = load_test_split(args, checkpoint)
     classes = test.features["label"].names
-    views = functools.partial(crop_views, tta=args.tta)
-    photos = CarPhotos({"test": test}, {"test": views}, args.resolution)
+    crop = functools.partial(crop_views, tta=args.tta)
+    photos = CarPhotos({"test": test}, {"test": crop}, args.resolution)
     single, mean = predict_all(model, photos, args, autocast)
     labels = torch.tensor(test["label"])
-    metrics = compute_metrics(single, labels, classes)
+    confusion = count_confusion(single, labels)
+    metrics = compute_metrics(single, confusion, labels, classes)
     if args.tta:
-        of_six = compute_metrics(mean, labels, classes)
-        metrics["tta"] = {**of_six.pop("test"), **of_six}
+        six_views = compute_metrics(mean, count_confusion(mean, labels), labels, classes)
+        # Its accuracy stands beside what is per class, and not in a block of its own.
+        metrics["tta"] = {**six_views.pop("test"), **six_views}
     print_metrics(metrics)
 
-    names = ("confusion_matrix.png", "gradcam_samples.png", "gradcam_worst.png")
-    figures = [args.output_dir / name for name in names]
-    for path in figures:
-        path.unlink(missing_ok=True)  # An older evaluation's figure is not this one's.
+    confusion_path = args.output_dir / "confusion_matrix.png"
+    samples_path = args.output_dir / "gradcam_samples.png"
+    worst_path = args.output_dir / "gradcam_worst.png"
+    for path in (confusion_path, samples_path, worst_path):
+        path.unlink(missing_ok=True)  # An older one is not of this evaluation.
     print()
     write_metrics(metrics, args)  # Before the figures: if one fails, the numbers are there.
     predictions = list_predictions(test, single, mean, args.tta)
-    path = args.output_dir / "predictions.csv"
-    train.write_csv(predictions, path)
-    print(f"wrote {path}")
+    predictions_path = args.output_dir / "predictions.csv"
+    train.write_csv(predictions, predictions_path)
+    print(f"wrote {predictions_path}")
     use_fonts_for("".join(classes))
-    save_figure(plot_confusion(count_confusion(single, labels), classes), figures[0])
+    save_figure(plot_confusion(confusion, classes), confusion_path)
     if args.num_gradcam == 0:
         return
-    random = np.random.default_rng(args.seed)
-    rows = random.permutation(len(test))[: args.num_gradcam]
-    samples = [predictions[row] for row in rows]
-    errors = choose_errors(predictions, metrics["per_class"], random)
-    for path, lines in zip(figures[1:], (samples, errors), strict=True):
-        cells = [cell_of(prediction, photos, classes) for prediction in lines]
-        if cells:
-            draw_grad_cam(path, cells, model, args.batch_size)
-        else:
-            print(f"no photo is misclassified: no {path.name}")
+    rng = np.random.default_rng(args.seed)
+    rows = rng.permutation(len(test))[: args.num_gradcam]
+    samples = [panel_of(predictions[row], photos, classes) for row in rows]
+    draw_grad_cam(samples_path, samples, model, args.batch_size)
+    errors = choose_errors(predictions, metrics["per_class"], rng)
+    if not errors:
+        print(f"no photo is misclassified: no {worst_path.name}")
+        return
+    worst = [panel_of(prediction, photos, classes) for prediction in errors]
+    draw_grad_cam(worst_path, worst, model, args.batch_size)
 
 
 if __name__ == "__main__":

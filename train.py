@@ -42,8 +42,8 @@ from multiprocessing.connection import Listener
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Ctrl-C ends the process at once, as a kill does, and every file survives a kill. Python's
-    # KeyboardInterrupt could get lost in a destructor, and draws tracebacks from many places.
+    # Before the slow imports, so that Ctrl-C always ends the process at once, without tracebacks.
+    # KeyboardInterrupt could also get lost in a destructor. Every file survives it, as any kill.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import datasets
@@ -73,15 +73,6 @@ PHOTO_SUFFIXES = ".jpg .jpeg .jfif .png .webp .gif .avif .heic .heif".split()
 MAX_MEGAPIXELS = 256  # Decoded, they take 768 MB in each worker; phones take 200 megapixels.
 PIL.Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is below these phones'.
 WORKER_TIMEOUT = 600  # seconds without a batch, after which a run ends and does not wait for ever
-# What a checkpoint may hold beside tensors: torchvision's references and timm keep their flags,
-# and many programs a numpy scalar, which names its function as numpy 2 or as numpy 1 does.
-PLAIN_TYPES = [
-    argparse.Namespace,
-    np._core.multiarray.scalar,
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-    np.dtype,
-    *[type(np.dtype(name)) for name in ("bool", "int32", "int64", "float32", "float64")],
-]
 
 # torchrun sets these variables for each process that it starts.
 RANK = int(os.environ.get("RANK", 0))
@@ -95,8 +86,7 @@ DEFAULT_WORKERS = max(1, min(16, CORES // LOCAL_WORLD_SIZE))
 
 # What a run writes to its output folder.
 RUN_FILES = ("last_checkpoint.pth", "best_model.pth", "history.csv", "training_curves.png")
-# A run and its resumption have to agree in these. The data set may have moved, and is compared
-# by its classes and its numbers of photos.
+# A run and its resumption have to agree in these.
 FIXED_SETTINGS = "weights resolution batch_size lr momentum weight_decay step_size seed amp".split()
 
 
@@ -108,7 +98,7 @@ def one_line(error: BaseException) -> str:
     """What `error` says, on one line; where a worker raised it, without the worker's traceback."""
     text = str(error).strip()
     if "Original Traceback" in text:
-        text = text.splitlines()[-1].partition(": ")[2]
+        text = text.splitlines()[-1].partition(": ")[2]  # The last line is "NameOfType: message".
     # torchcodec begins with the place in its source: decode_rows, DecodeJpeg.cpp:287, …
     text = re.sub(r"^\w+, \S+\.cpp:\d+, ", "", text)
     text = " ".join(text.split())
@@ -121,16 +111,15 @@ def reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def reported_as(message: str, *types: type):
+def reported_as(message: str, types=(OSError, ValueError, RuntimeError)):
     """Turn an error of `types` into an InputError: `message`, and the reason.
 
-    Without `types` it is an error of a file, of a network or of data; most mistakes in this code
-    raise others, as NameError and KeyError, and keep their traceback.
+    By default these are the errors of files, of networks and of data. Others, such as NameError and
+    KeyError, are mistakes in this code, and keep their traceback.
     """
-    types = types or (OSError, ValueError, RuntimeError)
     try:
         yield
-    except (InputError, BrokenPipeError):
+    except (InputError, BrokenPipeError):  # run_command knows what to do with both.
         raise
     except types as error:
         # datasets raises an error that says little, and gives the reason as its cause.
@@ -151,9 +140,9 @@ def load_cars(
 ) -> dict[str, datasets.Dataset]:
     """Load `splits`, and nothing else, of a Hub data set or of a local folder.
 
-    Each split has the columns `image` (still encoded) and `label` (a ClassLabel). Labels count in
-    `classes` or, where these are not given, in those of the first split. Raises InputError where a
-    split cannot be had, or where its classes are others.
+    Each split has the columns `image` (still encoded) and `label` (a ClassLabel). All labels count
+    in `classes`, which are a checkpoint's, or else in those of the first split. Raises InputError
+    where a split cannot be had, or where its classes are others.
     """
     datasets.disable_progress_bars()
     cars = {}
@@ -170,7 +159,7 @@ def load_split(dataset: str, split: str) -> datasets.Dataset:
     if Path(dataset).is_dir():
         loaded = read_folder(Path(dataset).resolve(), split)
     elif dataset == DEFAULT_DATASET:
-        # Named, because the repository also holds seven corrupted copies of the test split.
+        # Only these, because the repository also holds seven corrupted copies of the test split.
         files = ["README.md", f"data/{split}-*"]
         cache = huggingface_hub.constants.HF_HUB_CACHE
         with reported_as(f"the Hub is out of reach, and its files in {cache} are not whole"):
@@ -209,13 +198,14 @@ def read_folder(folder: Path, split: str) -> datasets.Dataset:
     if shards and int(shards[1]) != len(files):
         counted = f"it has {len(files)} of the {split} split's files"
         raise ValueError(f"{counted}; {files[0].name} says that there are {int(shards[1])}")
-    # They are escaped, because datasets takes every name for a pattern.
+    # Escaped, because datasets takes every name for a pattern.
     patterns = [glob.escape(str(file)) for file in files]
     names = ", ".join(file.name for file in files)
     cache = f"HF_DATASETS_CACHE={datasets.config.HF_DATASETS_CACHE}"
     message = f"cannot read {names} in {folder / 'data'}, or write to {cache}"
     with reported_as(message, Exception):
-        # pandas and others write no features into a file: then those of README.md count.
+        # Files of pandas and others lack the features, and so the names of the classes: README.md
+        # has them.
         described = list(DatasetInfosDict.from_directory(str(folder)).values())
         features = described[0].features if len(described) == 1 else None
         return datasets.load_dataset(
@@ -226,11 +216,11 @@ def read_folder(folder: Path, split: str) -> datasets.Dataset:
 def find_photos(folder: Path) -> tuple[list[Path], list[Path]]:
     """The photos in and below `folder`, told by their suffix, and the other files; both sorted.
 
-    What notebooks (.ipynb_checkpoints), Macs (._x.jpg) and network disks (@eaDir) add is neither.
+    Hidden files and folders, as notebooks and Macs add them, and network disks' @eaDir are skipped.
     """
     files = []
 
-    def fail(error: OSError):
+    def fail(error: OSError):  # By default os.walk passes over a folder that cannot be read.
         raise error
 
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
@@ -243,14 +233,16 @@ def find_photos(folder: Path) -> tuple[list[Path], list[Path]]:
 def read_class_folders(folder: Path) -> datasets.Dataset:
     """The photos of `folder`, each in or below the folder of its class."""
     photos, left_out = find_photos(folder)
-    left_out += [path for path in photos if path.parent == folder]
+    left_out += [path for path in photos if path.parent == folder]  # They have no class.
     photos = [path for path in photos if path.parent != folder]
     if left_out:
         counted = f"{len(left_out)} files in {folder}, such as {left_out[0]}"
         say(f"left out  {counted}: photos are CLASS/* with {' '.join(PHOTO_SUFFIXES)}")
     for path in photos:
-        if str(path).encode(errors="replace").decode() != str(path):
-            raise ValueError(f"{str(path)!a} is not named in UTF-8: rename it")
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{str(path)!a} is not named in UTF-8: rename it") from None
     class_of = [path.relative_to(folder).parts[0] for path in photos]
     classes = sorted(set(class_of))
     features = datasets.Features(
@@ -292,11 +284,12 @@ def decode_photo(encoded: bytes) -> torch.Tensor:
     the memory, and RuntimeError for a damaged one.
     """
     width = height = frames = 1
-    # A file whose header Pillow cannot read, as a HEIC file, is torchcodec's to read or to refuse.
+    # A file whose header Pillow cannot read, such as HEIC, passes: torchcodec reads or refuses it.
     with contextlib.suppress(OSError, ValueError, IndexError, struct.error):
         with PIL.Image.open(io.BytesIO(encoded)) as header:
             width, height = header.size
-            frames = getattr(header, "n_frames", 1)  # All are decoded.
+            if header.format != "MPO":  # A JPEG with more pictures, of which one is decoded.
+                frames = getattr(header, "n_frames", 1)
     megapixels = width * height * frames / 1e6
     if megapixels > MAX_MEGAPIXELS:
         raise ValueError(f"its {megapixels:.0f} megapixels are over the limit, {MAX_MEGAPIXELS}")
@@ -323,7 +316,7 @@ def random_crop(photo: torch.Tensor, resolution: int) -> torch.Tensor:
     In draws and pixels it is torchvision's RandomResizedCrop and RandomHorizontalFlip.
     """
     place = random_resized_crop(resolution).make_params([photo])
-    # Made contiguous, or resize would copy its result into another layout.
+    # The channels stay last in memory: else resize would copy its result into that layout.
     cut_out = v2.functional.crop(photo, **place).movedim(0, -1).contiguous()
     size = [resolution, resolution]
     resized = v2.functional.resize(cut_out.movedim(-1, 0), size, antialias=True)
@@ -336,7 +329,7 @@ def center_crop(photo: torch.Tensor, resolution: int, side_for_224: int = 256) -
     """Test crop of (3, H, W) uint8: contiguous (R, R, 3) uint8.
 
     The shorter side is resized to int(R · side_for_224 / 224), which at 224 px is the recipe's
-    256, and the centre is taken.
+    256, and the centre is taken. The views of eval.py have other sides.
     """
     shorter_side = int(resolution * side_for_224 / 224)
     resized = v2.functional.resize(photo, [shorter_side], antialias=True)
@@ -346,9 +339,10 @@ def center_crop(photo: torch.Tensor, resolution: int, side_for_224: int = 256) -
 class CarPhotos(torch.utils.data.Dataset):
     """The photos of all splits. An item, asked for by (split, row, seed), is a crop and its label.
 
-    The split's function of `crops` turns (3, H, W) uint8 and R into (…, R, R, 3) uint8. What it
-    draws at random follows from the seed in the key, so that neither the number of workers nor a
-    stop and resumption changes it. Raises InputError, naming the photo, for a damaged one.
+    The split's function of `crops` turns (3, H, W) uint8 and R into (R, R, 3) uint8, or, for
+    eval.py, into (views, R, R, 3). What it draws at random follows from the seed in the key, so
+    that neither the number of workers nor a stop and resumption changes it. Raises InputError,
+    naming the photo, for a damaged one.
     """
 
     def __init__(self, cars: dict, crops: dict[str, Callable], resolution: int):
@@ -403,9 +397,9 @@ def train_batch_sizes(num_photos: int, batch_size: int) -> list[int]:
 
 def train_batches(num_photos: int, batch_sizes: list[int], epoch: int, seed: int) -> Iterator[list]:
     """Yield the keys of each batch of `epoch`, as far as they fall to this process."""
-    random = np.random.default_rng([seed, epoch])
-    rows = random.permutation(num_photos).tolist()
-    crop_seeds = random.integers(2**32, size=num_photos).tolist()
+    rng = np.random.default_rng([seed, epoch])
+    rows = rng.permutation(num_photos).tolist()
+    crop_seeds = rng.integers(2**32, size=num_photos).tolist()
     keys = [("train", row, crop_seed) for row, crop_seed in zip(rows, crop_seeds, strict=True)]
     start = 0
     for batch_size in batch_sizes:
@@ -420,7 +414,9 @@ def test_batches(num_photos: int, batch_size: int) -> list[list]:
     return [own_keys[start : start + own_size] for start in range(0, len(own_keys), own_size)]
 
 
-def all_batches(num_train, batch_sizes, own_test_batches, epochs, seed) -> Iterator[list]:
+def all_batches(
+    num_train: int, batch_sizes: list[int], own_test_batches: list, epochs: range, seed: int
+) -> Iterator[list]:
     """Yield the keys of the run's batches, in the order of its steps and evaluations.
 
     One sampler for all of it lets the workers begin with what comes next while the device works.
@@ -433,13 +429,14 @@ def all_batches(num_train, batch_sizes, own_test_batches, epochs, seed) -> Itera
 def start_worker(worker: int):
     """End at Ctrl-C and with the main process, without a word."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # resource_sharer's thread, which hands batches over, would print the end of the main process.
+    # The thread that hands batches over would print a traceback where the main process is killed.
     sys.excepthook = lambda *error: None
 
 
 def make_loader(photos: CarPhotos, batches: Iterable[list], workers: int) -> DataLoader:
-    """Load `batches` of keys, once, as (B, …, R, R, 3) uint8 crops and (B,) int64 labels."""
+    """Load `batches` of keys, once, as (B, R, R, 3) uint8 crops and (B,) int64 labels."""
     if workers:
+        # Tried here, since a worker that cannot open its socket could not say so.
         temporary = tempfile.gettempdir()
         with reported_as(f"set a shorter TMPDIR than {temporary} for the workers' sockets"):
             Listener().close()
@@ -485,6 +482,17 @@ def pick_precision(amp: bool) -> torch.dtype:
 def autocast_to(precision: torch.dtype) -> torch.autocast:
     """Mixed precision with `precision`; none with float32."""
     return torch.autocast(DEVICE.type, precision, enabled=precision != torch.float32)
+
+
+# What a checkpoint may hold beside tensors: torchvision's references and timm store their flags,
+# and many programs a numpy scalar, whose function has one name in numpy 2 and another in numpy 1.
+PLAIN_TYPES = [
+    argparse.Namespace,
+    np._core.multiarray.scalar,
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    np.dtype,
+    *[type(np.dtype(name)) for name in ("bool", "int32", "int64", "float32", "float64")],
+]
 
 
 def load_file(path: Path) -> object:
@@ -533,13 +541,12 @@ def read_checkpoint(path: Path) -> dict:
             raise ValueError(f"it lacks {missing[:3]}, and has {unexpected[:3]}")
         if not all(value.isfinite().all() for value in state.values()):
             raise ValueError("it holds weights that are not finite")
-        # What is meta still is an fc that the file lacks.
+        # Where the file has no fc, the network's is still on the meta device.
         checkpoint["model"] = {
             name: value for name, value in model.state_dict().items() if not value.is_meta
         }
 
-        types = {"classes": list, "resolution": int, "epoch": int, "settings": dict}
-        types["history"] = list
+        types = dict(classes=list, history=list, settings=dict, resolution=int, epoch=int)
         for name in types.keys() & checkpoint.keys():
             if not isinstance(checkpoint[name], types[name]):
                 raise ValueError(f"its {name} is no {types[name].__name__}")
@@ -563,7 +570,8 @@ def build_model(weights: str, num_classes: int) -> torch.nn.Module:
     if Path(weights).is_file():
         state = read_checkpoint(Path(weights))["model"]
     elif weights in PRETRAINED:
-        socket.setdefaulttimeout(30)  # A proxy that never answers would be waited for for ever.
+        # For the download, which would wait for ever for a proxy that never answers.
+        socket.setdefaulttimeout(30)
         advice = (
             f"check the network, and delete a damaged file in {torch.hub.get_dir()}/checkpoints"
         )
@@ -683,7 +691,7 @@ def number(number_type: type, low: float, high: float) -> Callable[[str], float]
             raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
         return value
 
-    parse.__name__ = number_type.__name__  # argparse then says "invalid int value".
+    parse.__name__ = number_type.__name__  # argparse names the type: "invalid int value".
     return parse
 
 
@@ -728,7 +736,8 @@ def parse_args(argv: list[str] | None, settings: dict | None = None) -> argparse
     parser.set_defaults(**(settings or {}))
     args = parser.parse_args(argv)
     if Path(args.dataset).is_dir():
-        args.dataset = str(Path(args.dataset).resolve())  # eval.py may look from another folder.
+        # Stored with the run, and eval.py may be started in another folder.
+        args.dataset = str(Path(args.dataset).resolve())
     if args.lr is None:
         args.lr = 0.1 * args.batch_size / 128
     return args
@@ -767,7 +776,7 @@ def lock_folder(folder: Path) -> filelock.FileLock:
         try:
             lock.acquire()
         except filelock.Timeout:
-            # Where the file system has no locks, the mere file is one, and a kill leaves it there.
+            # Where a file system has no locks, the file itself is the lock, and a kill leaves it.
             advice = f"if there is none, delete {path}"
             raise InputError(f"another run is writing to --output-dir {folder}: {advice}") from None
     return lock
@@ -785,9 +794,9 @@ def open_run(argv: list[str] | None) -> tuple:
     lock = lock_folder(folder)
     last = folder / "last_checkpoint.pth"
     existing = [name for name in RUN_FILES if (folder / name).exists()]
-    if args.resume and not existing:
-        say(f"no run in {folder}: starting one")
     if args.overwrite or not existing:
+        if args.resume:
+            say(f"no run in {folder}: starting one")
         return args, None, lock
     if not args.resume:
         raise InputError(
@@ -795,14 +804,14 @@ def open_run(argv: list[str] | None) -> tuple:
             "replace it with --overwrite, or choose another --output-dir"
         )
     checkpoint = read_checkpoint(last)
-    required = ("settings", "classes", "num_photos", "history", "optimizer", "scheduler", "scaler")
-    if not all(name in checkpoint for name in required):
-        raise InputError(f"{last} is no checkpoint to resume: it needs {', '.join(required)}")
+    required = "settings classes num_photos resolution epoch history optimizer scheduler scaler"
+    if not all(name in checkpoint for name in required.split()) or not checkpoint["history"]:
+        raise InputError(f"{last} is no checkpoint to resume: it needs {required}")
 
     # Parsed again, now that the defaults are known: flags that were left out are those of the run.
     args = parse_args(argv, checkpoint["settings"])
     check_settings(args, checkpoint)
-    # A kill may have come between the files of an epoch.
+    # A kill may have come after last_checkpoint.pth and before the files that follow from it.
     write_run(checkpoint, folder)
     if not (folder / "best_model.pth").exists():
         say("best_model.pth is gone: the next epoch that is better than the best writes it again")
@@ -811,23 +820,26 @@ def open_run(argv: list[str] | None) -> tuple:
 
 def check_settings(args: argparse.Namespace, checkpoint: dict):
     """Raise InputError where the flags cannot go on with the run of `checkpoint`."""
-    run = f"the run to resume in {args.output_dir}"
+    other_run = f"the run to resume in {args.output_dir}"
     for name in FIXED_SETTINGS:
         now = getattr(args, name)
         before = checkpoint["settings"].get(name)
         if now != before:
-            raise InputError(f"--{name.replace('_', '-')} {now} differs from the {before} of {run}")
+            flag = f"--{name.replace('_', '-')} {now}"
+            raise InputError(f"{flag} differs from {other_run}, which has {before}")
     epochs_done = len(checkpoint["history"])
     if args.epochs < epochs_done:
-        raise InputError(f"--epochs {args.epochs} is less than the {epochs_done} of {run}")
+        raise InputError(
+            f"--epochs {args.epochs} is less than the {epochs_done} that {other_run} has done"
+        )
 
 
 def check_same_data(data: dict):
     """Raise InputError where this process's classes or numbers of photos are not the first's."""
     if WORLD_SIZE > 1:
-        firsts = [data]
-        dist.broadcast_object_list(firsts)
-        if firsts[0] != data:
+        of_first = [data]
+        dist.broadcast_object_list(of_first)
+        if of_first[0] != data:
             raise InputError(f"process {RANK} has another data set than the first: {data}")
 
 
@@ -838,7 +850,7 @@ def restore_states(checkpoint: dict, num_photos: dict, stateful: dict):
         raise InputError(
             f"the data set has changed since the run began: {num_photos}, not {before}"
         )
-    # The run may come from another device; on CUDA the optimizer's step is fused.
+    # The run may come from another device, and its state_dict says whether that one's was fused.
     fused = stateful["optimizer"].param_groups[0]["fused"]
     checkpoint["optimizer"]["param_groups"][0]["fused"] = fused
     for name, component in stateful.items():
@@ -859,7 +871,7 @@ def write_run(checkpoint: dict, folder: Path):
     checkpoint = {**checkpoint, "model": model}
     atomic_write(folder / "last_checkpoint.pth", to_bytes(checkpoint))
     best = best_epoch(history)
-    if best is history[-1]:
+    if best["epoch"] == history[-1]["epoch"]:
         names = ("model", "classes", "resolution", "epoch", "settings")
         best_model = {name: checkpoint[name] for name in names}
         best_model["test_accuracy"] = best["test_accuracy"]
@@ -880,7 +892,7 @@ def write_csv(rows: list[dict], path: Path):
 
 
 def to_bytes(checkpoint: dict) -> bytes:
-    """What torch.save writes. Writing to a full disk itself, it would hide the system's reason."""
+    """What torch.save writes. To a file, it would hide the system's reason where a disk is full."""
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     return buffer.getvalue()
@@ -947,7 +959,7 @@ ADVICE = {
     "torch._inductor": "torch.compile failed: try again with --no-compile",
     # Before the shared memory, since it may be a file there that cannot be opened.
     "Too many open files": "raise the limit (ulimit -n 65536), or use fewer --workers",
-    "</torch_": SMALL_SHARED_MEMORY,  # The beginning of a file's name there.
+    "</torch_": SMALL_SHARED_MEMORY,  # "unable to open shared memory object </torch_4711_…>"
     "shared memory": SMALL_SHARED_MEMORY,
     "DataLoader worker (pid": "a worker has ended: where memory was short, use fewer --workers",
     "DataLoader timed out": "the workers hand nothing over: look at the disk, or use --workers 0",
@@ -958,7 +970,7 @@ ADVICE = {
 
 
 def explain(error: Exception) -> str:
-    """One line for an error of torch or of the system that a user can do something about, or ""."""
+    """One line for an error of torch or of the system that a user can mend; empty for others."""
     described = f"{type(error)} {one_line(error)}"
     for sign, advice in ADVICE.items():
         if sign in described:
@@ -1029,8 +1041,8 @@ def start_process():
 
 
 def main(argv: list[str] | None = None):
+    args = parse_args(argv)  # In each process, so that --help ends all of them.
     start_process()
-    args = None
     checkpoint = None
     if RANK == 0:
         args, checkpoint, lock = open_run(argv)  # `lock` is held until main returns.
@@ -1078,6 +1090,7 @@ def main(argv: list[str] | None = None):
     if args.compile:
         train_forward = compile_full_batches(network, batch_sizes[0] // WORLD_SIZE)
         test_forward = compile_full_batches(model, args.batch_size // WORLD_SIZE)
+    # Fused, it lets GradScaler skip a step without a look by the CPU, which would wait for the GPU.
     fused = DEVICE.type == "cuda"
     optimizer = torch.optim.SGD(
         model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=fused
@@ -1098,12 +1111,13 @@ def main(argv: list[str] | None = None):
     keys = all_batches(num_photos["train"], batch_sizes, own_test_batches, epochs, args.seed)
     batches = iter(make_loader(photos, keys, args.workers))
     if args.overwrite and RANK == 0:
-        # Else --resume, after a kill in the first epoch, would go on with the old run.
+        # Now that nothing else can be refused. After a kill in the first epoch, --resume would else
+        # go on with the old run.
         for name in RUN_FILES:
             (args.output_dir / name).unlink(missing_ok=True)
     say("Ctrl-C is safe once an epoch is printed: --resume goes on after the last one")
     epoch_start = time.perf_counter()
-    written = None
+    write = None
     with ThreadPoolExecutor(max_workers=1) as writer:  # Its end waits for what is being written.
         for epoch in epochs:
             model.train()
@@ -1135,14 +1149,14 @@ def main(argv: list[str] | None = None):
             history.append({"epoch": epoch, "lr": lr, **trained, **tested, "seconds": seconds})
             scheduler.step()
             if RANK == 0:
-                if written:
-                    written.result()  # Waits for the epoch before; raises what stopped it.
+                if write:
+                    write.result()  # Waits for the epoch before; raises what stopped it.
                 states = {name: component.state_dict() for name, component in stateful.items()}
-                # A thread writes it while the next epoch trains, which does not change a copy.
+                # A copy, since a thread writes it while the next epoch changes the states.
                 copied = copy.deepcopy({**run, **states, "epoch": epoch, "history": history})
-                written = writer.submit(finish_epoch, copied, args.output_dir, args.epochs)
+                write = writer.submit(finish_epoch, copied, args.output_dir, args.epochs)
         if RANK == 0:
-            written.result()
+            write.result()
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
     say_summary(history)

@@ -239,7 +239,7 @@ def test_logits_that_are_not_finite_are_no_result(run_eval, good, tmp_path):
     checkpoint = {**good, "model": {**good["model"], "bn1.running_var": variance}}
     torch.save(checkpoint, tmp_path / "bad.pth")
     flags = ["--checkpoint", tmp_path / "bad.pth", "--output-dir", tmp_path]
-    assert "bad.pth gives logits that are not finite" in refusal(run_eval(*flags))
+    assert "the logits are not finite: try --no-amp" in refusal(run_eval(*flags))
     assert not (tmp_path / "metrics.json").exists()
 
 

@@ -574,6 +574,17 @@ def test_a_phones_200_megapixels_are_not_too_many():
     assert "megapixels" not in str(error.value)
 
 
+def test_the_pictures_of_a_phones_jpeg_do_not_add_up_and_those_of_an_animation_do(monkeypatch):
+    monkeypatch.setattr(train, "MAX_MEGAPIXELS", 0.003)
+    first, second = (Image.new("RGB", (60, 40), colour) for colour in ("red", "blue"))
+    options = {"save_all": True, "append_images": [second]}
+    decoded = train.decode_photo(encode(first, format="MPO", **options))
+    assert decoded.shape == (3, 40, 60)
+    assert decoded[0].min() > 250, "it is not the first picture"
+    with pytest.raises(ValueError, match="megapixels"):
+        train.decode_photo(encode(first, format="GIF", **options))
+
+
 def test_a_worker_too_names_the_row_of_a_photo_that_it_cannot_decode(run_train, tmp_path):
     photos = rows(8)
     photos[3] = (photos[3][0][:200], 1)

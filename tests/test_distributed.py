@@ -72,6 +72,11 @@ def assert_photos_are_shared(cars, folder, shares: list[int], epochs: int):
     assert own == [epochs * share for share in shares]
 
 
+def test_help_ends_all_processes(ranks):
+    for outcome in ranks(2, "--help"):
+        assert "--batch-size" in success(outcome)
+
+
 def test_three_processes_train_the_weights_that_one_trains(
     ranks, run_train, cars, tmp_path, monkeypatch
 ):

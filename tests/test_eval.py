@@ -150,7 +150,7 @@ def test_a_training_run_and_its_evaluation_agree(report, trained):
 def test_maps_equal_pytorch_grad_cam_on_one_photo(photos, model):
     decoded = [train.decode_photo(encoded) for encoded, _ in photos[:5]]
     crops = torch.stack([train.center_crop(photo, 64) for photo in decoded])
-    maps = evaluation.grad_cam(model=model, crops=crops, classes=[0, 1, 2, 3, 4], batch_size=2)
+    maps = evaluation.grad_cam(model=model, crops=crops, targets=[0, 1, 2, 3, 4], batch_size=2)
     with GradCAM(model, [model.layer4[-1]]) as cam:
         image = NORMALIZE(crops[3:4].movedim(-1, 1).float() / 255)
         expected = cam(image, [ClassifierOutputTarget(3)])
@@ -164,7 +164,7 @@ def test_grad_cam_keeps_no_activations_of_the_early_layers(trained, model):
     checkpoint = train.read_checkpoint(trained.run / "best_model.pth")
     loaded = evaluation.load_model(checkpoint)
     crops = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8))
-    settings = {"crops": crops, "classes": [0, 1, 2], "batch_size": 3}
+    settings = {"crops": crops, "targets": [0, 1, 2], "batch_size": 3}
     saved = []
 
     def note(value):
@@ -247,8 +247,8 @@ def test_gradcam_figure_has_a_cell_a_photo(count):
     maps[:, 10:20, 10:20] = 1
     title = "true: Rolls-Royce Phantom Drophead Coupe Convertible 2012\npredicted: Van\nright"
     crop = torch.zeros(64, 64, 3, dtype=torch.uint8)
-    cells = [evaluation.Cell(crop, target=0, title=title, color="black")] * count
-    figure = evaluation.plot_grad_cam(cells=cells, maps=maps)
+    panels = [evaluation.Panel(crop, target=0, title=title, color="black")] * count
+    figure = evaluation.plot_grad_cam(panels=panels, maps=maps)
     assert len(figure.axes) == count
     assert figure.get_size_inches()[0] < 13.3
     figure.canvas.draw()
