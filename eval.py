@@ -131,8 +131,8 @@ def accuracy(correct: int, total: int) -> dict:
 
 def with_interval(measured: dict) -> str:
     counts = f"{measured['correct']}/{measured['total']}"
-    interval = f"95 % CI {100 * measured['low']:.2f}–{100 * measured['high']:.2f}"
-    return f"{100 * measured['accuracy']:.2f} % ({counts}, {interval})"
+    interval = f"95% CI {100 * measured['low']:.2f}–{100 * measured['high']:.2f}"
+    return f"{measured['accuracy']:.2%} ({counts}, {interval})"
 
 
 def count_confusion(logits: torch.Tensor, labels: torch.Tensor) -> np.ndarray:

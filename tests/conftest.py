@@ -1,5 +1,7 @@
+import atexit
 import gc
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -13,6 +15,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHO
 os.environ.pop("PYTHONUNBUFFERED", None)
 # Before datasets is imported: no test reads or fills the user's cache.
 os.environ["HF_HOME"] = tempfile.mkdtemp()
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Before torch is imported: threads that wait for each other cost more than they gain here.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

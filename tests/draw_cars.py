@@ -1,6 +1,6 @@
 """Draw a small data set of cars, for the tests and for trying the program with no network.
 
-    python tests/draw_cars.py drawn_cars           # 8 classes, 320 + 80 photos, about 10 s
+    python tests/draw_cars.py drawn_cars           # 8 classes, 320 + 80 photos, two seconds
     python tests/draw_cars.py large --width 608    # as wide as the average photo of Stanford Cars
 
 Each class is a body: its outline, its wheels, its windows and its details. Colour, place, scale,

@@ -139,7 +139,7 @@ def test_the_interval_is_wilsons(correct, total):
 
 def test_an_accuracy_is_printed_with_its_interval():
     found = evaluation.with_interval(evaluation.accuracy(7380, 8041))
-    assert found == "91.78 % (7380/8041, 95 % CI 91.16–92.36)"
+    assert found == "91.78% (7380/8041, 95% CI 91.16–92.36)"
 
 
 def test_a_training_run_and_its_evaluation_agree(report, trained):
@@ -192,7 +192,7 @@ PARTS = [
     "ten worst classes of the six views",
     "most confused pairs",
     "test accuracy",
-    "95 % CI",
+    "95% CI",
     "top-5 accuracy",
     "six views  ",
     "points to the single view",
