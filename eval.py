@@ -90,9 +90,9 @@ def predict(model, views: torch.Tensor, autocast) -> tuple[torch.Tensor, torch.T
 
 def predict_all(model, photos: CarPhotos, args, autocast) -> tuple[torch.Tensor, torch.Tensor]:
     """`predict` for all test photos."""
-    keys = train.test_batches(len(photos.cars["test"]), args.batch_size)
-    loader = train.make_loader(photos, keys, args.workers)
-    batches = train.next_batches(loader, len(keys), "test")
+    key_batches = train.test_batches(len(photos.cars["test"]), args.batch_size)
+    loader = train.make_loader(photos, key_batches, args.workers)
+    batches = train.next_batches(loader, len(key_batches), "test")
     logits = [predict(model, views, autocast) for views, _ in batches]
     single = torch.cat([first for first, _ in logits])
     mean = torch.cat([average for _, average in logits])
@@ -223,8 +223,8 @@ def compute_metrics(logits, confusion: np.ndarray, labels, classes: list[str]) -
     return metrics
 
 
-def list_predictions(test, single, mean, tta: bool) -> list[dict]:
-    """The lines of predictions.csv, one for each test photo; confidences are softmax's (0…1)."""
+def list_predictions(test, single: torch.Tensor, mean: torch.Tensor, tta: bool) -> list[dict]:
+    """The lines of predictions.csv for predict_all's logits; confidences are softmax's (0…1)."""
     classes = test.features["label"].names
     labels = torch.tensor(test["label"])
     probabilities = single.softmax(1)
@@ -568,8 +568,8 @@ def main(argv: list[str] | None = None):
     metrics = compute_metrics(single, confusion, labels, classes)
     if args.tta:
         six_views = compute_metrics(mean, count_confusion(mean, labels), labels, classes)
-        # Its accuracy stands beside what is per class, and not in a block of its own.
-        metrics["tta"] = {**six_views.pop("test"), **six_views}
+        accuracy_of_six = six_views.pop("test")
+        metrics["tta"] = {**accuracy_of_six, **six_views}  # tta.accuracy, and not tta.test.accuracy
     print_metrics(metrics)
 
     confusion_path = args.output_dir / "confusion_matrix.png"

@@ -73,6 +73,7 @@ PHOTO_SUFFIXES = ".jpg .jpeg .jfif .png .webp .gif .avif .heic .heif".split()
 MAX_MEGAPIXELS = 256  # Decoded, they take 768 MB in each worker; phones take 200 megapixels.
 PIL.Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is below these phones'.
 WORKER_TIMEOUT = 600  # seconds without a batch, after which a run ends and does not wait for ever
+LOCK_TIMEOUT = 10  # seconds; the workers of a run that was killed hold its lock for five
 
 # torchrun sets these variables for each process that it starts.
 RANK = int(os.environ.get("RANK", 0))
@@ -140,9 +141,9 @@ def load_cars(
 ) -> dict[str, datasets.Dataset]:
     """Load `splits`, and nothing else, of a Hub data set or of a local folder.
 
-    Each split has the columns `image` (still encoded) and `label` (a ClassLabel). All labels count
-    in `classes`, which are a checkpoint's, or else in those of the first split. Raises InputError
-    where a split cannot be had, or where its classes are others.
+    Each split has the columns `image` (still encoded) and `label` (a ClassLabel). All labels are
+    indices into `classes`, which are a checkpoint's, or else into those of the first split. Raises
+    InputError where a split cannot be had, or where its classes are others.
     """
     datasets.disable_progress_bars()
     cars = {}
@@ -166,6 +167,7 @@ def load_split(dataset: str, split: str) -> datasets.Dataset:
             folder = huggingface_hub.snapshot_download(
                 dataset, repo_type="dataset", revision=DATASET_REVISION, allow_patterns=files
             )
+            # Without a network it is whatever the cache has: read_folder counts the files.
             loaded = read_folder(Path(folder), split)
     else:
         say(f"there is no folder {dataset}: looking for such a data set on the Hub")
@@ -256,7 +258,7 @@ def read_class_folders(folder: Path) -> datasets.Dataset:
 
 
 def label_by_name(loaded: datasets.Dataset, classes: list[str]) -> datasets.Dataset:
-    """`loaded` with labels that count in `classes`, where its own have the same names.
+    """`loaded` with labels that are indices into `classes`, where its own have the same names.
 
     They may stand in another order: folders are sorted, and the Hub's are not.
     """
@@ -316,7 +318,8 @@ def random_crop(photo: torch.Tensor, resolution: int) -> torch.Tensor:
     In draws and pixels it is torchvision's RandomResizedCrop and RandomHorizontalFlip.
     """
     place = random_resized_crop(resolution).make_params([photo])
-    # The channels stay last in memory: else resize would copy its result into that layout.
+    # Contiguous as (H, W, 3), since resize would take a mere slice of it for another layout, and
+    # copy its result into that.
     cut_out = v2.functional.crop(photo, **place).movedim(0, -1).contiguous()
     size = [resolution, resolution]
     resized = v2.functional.resize(cut_out.movedim(-1, 0), size, antialias=True)
@@ -339,10 +342,10 @@ def center_crop(photo: torch.Tensor, resolution: int, side_for_224: int = 256) -
 class CarPhotos(torch.utils.data.Dataset):
     """The photos of all splits. An item, asked for by (split, row, seed), is a crop and its label.
 
-    The split's function of `crops` turns (3, H, W) uint8 and R into (R, R, 3) uint8, or, for
-    eval.py, into (views, R, R, 3). What it draws at random follows from the seed in the key, so
-    that neither the number of workers nor a stop and resumption changes it. Raises InputError,
-    naming the photo, for a damaged one.
+    `crops[split]` turns (3, H, W) uint8 and R into (R, R, 3) uint8, or, for eval.py, into
+    (views, R, R, 3). What it draws at random follows from the seed in the key, so that neither the
+    number of workers nor a stop and resumption changes it. Raises InputError, naming the photo, for
+    a damaged one.
     """
 
     def __init__(self, cars: dict, crops: dict[str, Callable], resolution: int):
@@ -379,8 +382,9 @@ def train_batch_sizes(num_photos: int, batch_size: int) -> list[int]:
     """How many photos each batch of an epoch has, over all processes.
 
     A last batch of less than an eighth of the others, or of less than two photos a process, is left
-    out: its batch norm statistics would decide a whole step, and a tenth of the running ones, just
-    before the evaluation. Raises InputError where the processes cannot share the batches.
+    out: its batch norm statistics would decide a whole step and, at a momentum of 0.1, a tenth of
+    the running statistics, just before the evaluation. Raises InputError where the processes cannot
+    share the batches.
     """
     if batch_size % WORLD_SIZE or min(batch_size, num_photos) < 2 * WORLD_SIZE:
         raise InputError(
@@ -415,7 +419,7 @@ def test_batches(num_photos: int, batch_size: int) -> list[list]:
 
 
 def all_batches(
-    num_train: int, batch_sizes: list[int], own_test_batches: list, epochs: range, seed: int
+    num_train: int, batch_sizes: list[int], own_test_keys: list, epochs: range, seed: int
 ) -> Iterator[list]:
     """Yield the keys of the run's batches, in the order of its steps and evaluations.
 
@@ -423,26 +427,26 @@ def all_batches(
     """
     for epoch in epochs:
         yield from train_batches(num_train, batch_sizes, epoch, seed)
-        yield from own_test_batches
+        yield from own_test_keys
 
 
 def start_worker(worker: int):
-    """End at Ctrl-C and with the main process, without a word."""
+    """Let a worker end without a traceback, at Ctrl-C and where the main process is killed."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # The thread that hands batches over would print a traceback where the main process is killed.
+    # multiprocessing's thread that hands batches over calls it where the main process is killed.
     sys.excepthook = lambda *error: None
 
 
-def make_loader(photos: CarPhotos, batches: Iterable[list], workers: int) -> DataLoader:
-    """Load `batches` of keys, once, as (B, R, R, 3) uint8 crops and (B,) int64 labels."""
+def make_loader(photos: CarPhotos, key_batches: Iterable[list], workers: int) -> DataLoader:
+    """Load batches of keys, once, as (B, R, R, 3) uint8 crops and (B,) int64 labels."""
     if workers:
-        # Tried here, since a worker that cannot open its socket could not say so.
+        # Tried here, since a worker that cannot open a socket to hand batches over cannot say so.
         temporary = tempfile.gettempdir()
         with reported_as(f"set a shorter TMPDIR than {temporary} for the workers' sockets"):
             Listener().close()
     return DataLoader(
         photos,
-        batch_sampler=batches,
+        batch_sampler=key_batches,
         num_workers=workers,
         pin_memory=DEVICE.type == "cuda",
         worker_init_fn=start_worker,
@@ -771,7 +775,7 @@ def make_output_dir(folder: Path):
 def lock_folder(folder: Path) -> filelock.FileLock:
     """Lock `folder` as long as the lock is referenced; raises InputError where that cannot be."""
     path = folder / ".lock"
-    lock = filelock.FileLock(path, blocking=False)
+    lock = filelock.FileLock(path, timeout=LOCK_TIMEOUT)
     with reported_as(f"cannot lock {path}, which may be deleted while no run is writing there"):
         try:
             lock.acquire()
@@ -794,9 +798,9 @@ def open_run(argv: list[str] | None) -> tuple:
     lock = lock_folder(folder)
     last = folder / "last_checkpoint.pth"
     existing = [name for name in RUN_FILES if (folder / name).exists()]
+    if args.resume and not existing:
+        say(f"no run in {folder}: starting one")
     if args.overwrite or not existing:
-        if args.resume:
-            say(f"no run in {folder}: starting one")
         return args, None, lock
     if not args.resume:
         raise InputError(
@@ -850,7 +854,7 @@ def restore_states(checkpoint: dict, num_photos: dict, stateful: dict):
         raise InputError(
             f"the data set has changed since the run began: {num_photos}, not {before}"
         )
-    # The run may come from another device, and its state_dict says whether that one's was fused.
+    # The run may come from another device: load_state_dict would take over its `fused`, too.
     fused = stateful["optimizer"].param_groups[0]["fused"]
     checkpoint["optimizer"]["param_groups"][0]["fused"] = fused
     for name, component in stateful.items():
@@ -950,14 +954,15 @@ SMALL_SHARED_MEMORY = (
     "the shared memory in /dev/shm (df -h shows its size) is too small: "
     "give the container more with --shm-size or --ipc=host, or use --workers 0"
 )
-# What stands in the errors that a user can do something about, with the advice for each.
+# What stands in the errors that a user can mend, with the advice for each. The first that is found
+# counts.
 ADVICE = {
     "OutOfMemoryError": "the GPU's memory is full: choose a smaller --batch-size or --resolution",
     "allocate memory": "the memory is full: choose a smaller --batch-size or fewer --workers",
     "no kernel image": "this build of torch was not made for this GPU: install one that was",
     "torch._dynamo": "torch.compile failed: try again with --no-compile",
     "torch._inductor": "torch.compile failed: try again with --no-compile",
-    # Before the shared memory, since it may be a file there that cannot be opened.
+    # Before the shared memory, which such an error may name as well.
     "Too many open files": "raise the limit (ulimit -n 65536), or use fewer --workers",
     "</torch_": SMALL_SHARED_MEMORY,  # "unable to open shared memory object </torch_4711_…>"
     "shared memory": SMALL_SHARED_MEMORY,
@@ -1041,7 +1046,8 @@ def start_process():
 
 
 def main(argv: list[str] | None = None):
-    args = parse_args(argv)  # In each process, so that --help ends all of them.
+    # In each process, so that --help ends all of them; open_run parses the first one's flags again.
+    args = parse_args(argv)
     start_process()
     checkpoint = None
     if RANK == 0:
@@ -1107,9 +1113,9 @@ def main(argv: list[str] | None = None):
 
     crops = {"train": random_crop, "test": center_crop}
     photos = CarPhotos(cars, crops, args.resolution)
-    own_test_batches = test_batches(num_photos["test"], args.batch_size)
-    keys = all_batches(num_photos["train"], batch_sizes, own_test_batches, epochs, args.seed)
-    batches = iter(make_loader(photos, keys, args.workers))
+    own_test_keys = test_batches(num_photos["test"], args.batch_size)
+    key_batches = all_batches(num_photos["train"], batch_sizes, own_test_keys, epochs, args.seed)
+    batches = iter(make_loader(photos, key_batches, args.workers))
     if args.overwrite and RANK == 0:
         # Now that nothing else can be refused. After a kill in the first epoch, --resume would else
         # go on with the old run.
@@ -1134,7 +1140,7 @@ def main(argv: list[str] | None = None):
                 # The first process's batch norm statistics become everybody's.
                 for buffer in model.buffers():
                     dist.broadcast(buffer, 0)
-            own_test = next_batches(batches, len(own_test_batches), "test")
+            own_test = next_batches(batches, len(own_test_keys), "test")
             tested = evaluate(forward=test_forward, batches=own_test, autocast=autocast)
             if not math.isfinite(trained["train_loss"] + tested["test_loss"]):
                 raise InputError(

@@ -341,7 +341,8 @@ def long_run(fork, cars, tmp_path):
     return process
 
 
-def test_ctrl_c_ends_at_once_and_holds_nobody_up(long_run, tmp_path, run_train):
+def test_ctrl_c_ends_at_once_and_holds_nobody_up(long_run, tmp_path, run_train, monkeypatch):
+    monkeypatch.setattr(train, "LOCK_TIMEOUT", 0)
     flags = ["--output-dir", tmp_path / "run", "--epochs", 1, "--overwrite"]
     err = refusal(run_train(*flags))
     assert f"another run is writing to --output-dir {tmp_path / 'run'}" in err
@@ -368,6 +369,14 @@ def test_sigterm_ends_without_a_word_and_loses_nothing(long_run, tmp_path, whole
     assert load(tmp_path / "run/last_checkpoint.pth")["epoch"] >= 2
 
 
+def test_a_run_begins_though_workers_of_a_killed_one_are_not_gone_yet(
+    long_run, tmp_path, run_train
+):
+    long_run.kill()
+    long_run.join()
+    success(run_train("--output-dir", tmp_path / "run", "--epochs", 1, "--overwrite"))
+
+
 def test_a_lock_that_cannot_be_had_is_not_another_run(run_train, tmp_path):
     (tmp_path / ".lock").mkdir()
     err = refusal(run_train("--output-dir", tmp_path))
@@ -388,6 +397,7 @@ def test_a_lock_left_on_a_file_system_without_locks_may_be_deleted(
         flock(file, operation)
 
     monkeypatch.setattr(fcntl, "flock", no_lock_there)
+    monkeypatch.setattr(train, "LOCK_TIMEOUT", 0)
     flags = ["--output-dir", tmp_path, "--epochs", 1]
     lock.write_text("1\nanother-host\n")
     assert f"if there is none, delete {lock}" in refusal(run_train(*flags))
