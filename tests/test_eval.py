@@ -368,6 +368,14 @@ def test_no_gradcam_and_another_resolution(run_eval, untrained, tmp_path):
     assert written == ["confusion_matrix.png", "metrics.json", "predictions.csv"]
 
 
+def test_a_folder_that_is_not_named_in_utf8_is_written_to(run_eval, untrained, tmp_path):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/cit\xe9")
+    flags = ["--checkpoint", untrained, "--dataset", two_classes(tmp_path, label=0)]
+    success(run_eval(*flags, "--num-gradcam", 0, "--output-dir", folder))
+    with open(f"{folder}/metrics.json", encoding="utf-8") as file:
+        assert json.load(file)["settings"]["output_dir"] == folder
+
+
 def test_at_32_px_there_is_no_gradcam_and_a_word(run_eval, untrained, tmp_path):
     flags = ["--checkpoint", untrained, "--dataset", two_classes(tmp_path, label=0)]
     flags += ["--output-dir", tmp_path / "out", "--resolution", 32]
@@ -590,6 +598,8 @@ def test_a_folder_without_photos_is_named(name_images, tmp_path):
 def test_a_pattern_that_the_shell_left_to_the_program_is_its_matches(name_images, holidays):
     out = success(name_images(holidays / "*.jpg"))
     assert f"\n{holidays / '1.jpg'}\n" in out
+    out = success(name_images(holidays.parent / "holi*"))
+    assert f"\n{holidays / 'spain/2.jpg'}\n" in out
 
 
 def test_urls_are_not_downloaded(name_images):
