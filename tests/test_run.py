@@ -372,8 +372,11 @@ def test_sigterm_ends_without_a_word_and_loses_nothing(long_run, tmp_path, whole
 def test_a_run_begins_though_workers_of_a_killed_one_are_not_gone_yet(
     long_run, tmp_path, run_train
 ):
+    (worker,) = long_run.children()
+    # It sees the end of the run only once it goes on.
+    os.kill(worker, signal.SIGSTOP)
     long_run.kill()
-    long_run.join()
+    threading.Timer(2, os.kill, (worker, signal.SIGCONT)).start()
     success(run_train("--output-dir", tmp_path / "run", "--epochs", 1, "--overwrite"))
 
 
