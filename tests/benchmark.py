@@ -47,21 +47,17 @@ class TextbookPhotos(torch.utils.data.Dataset):
         return self.transform(item["image"].convert("RGB")), item["label"]
 
 
-def textbook_loader(photos, crop: list, batch_size: int, workers: int) -> DataLoader:
+def textbook_loader(
+    cars: dict, split: str, resolution: int, batch_size: int, workers: int, side=256, mirrored=0
+) -> DataLoader:
+    crop = [transforms.RandomResizedCrop(resolution), transforms.RandomHorizontalFlip()]
+    if split == "test":
+        resize = transforms.Resize(int(resolution * side / 224))
+        mirror = transforms.RandomHorizontalFlip(mirrored)
+        crop = [resize, transforms.CenterCrop(resolution), mirror]
     normalize = transforms.Normalize(train.IMAGENET_MEAN, train.IMAGENET_STD)
     transform = transforms.Compose([*crop, transforms.ToTensor(), normalize])
-    return DataLoader(TextbookPhotos(photos, transform), batch_size, num_workers=workers)
-
-
-def textbook_loaders(cars: dict, resolution: int, batch_size: int, workers: int) -> dict:
-    resize = transforms.Resize(int(resolution * 256 / 224))
-    crops = {
-        "train": [transforms.RandomResizedCrop(resolution), transforms.RandomHorizontalFlip()],
-        "test": [resize, transforms.CenterCrop(resolution)],
-    }
-    return {
-        split: textbook_loader(cars[split], crops[split], batch_size, workers) for split in cars
-    }
+    return DataLoader(TextbookPhotos(cars[split], transform), batch_size, num_workers=workers)
 
 
 def textbook_epoch(model, optimizer, batches):
@@ -83,15 +79,11 @@ def textbook_logits(model, batches) -> torch.Tensor:
     return torch.cat([model(images.to(train.DEVICE)).cpu() for images, _ in batches])
 
 
-def textbook_tta(model, photos, resolution: int, batch_size: int) -> torch.Tensor:
-    """Seven passes over `photos`: the single view, then the six, whose mean logits are returned."""
+def textbook_tta(model, cars: dict, sizes: tuple[int, int, int]) -> torch.Tensor:
+    """Seven passes over the test split: the single view, then the six, whose mean is returned."""
     passes = []
-    for side, mirrored in [(256, 0), *itertools.product((224, 256, 288), (0, 1))]:
-        resize = transforms.Resize(int(resolution * side / 224))
-        mirror = transforms.RandomHorizontalFlip(mirrored)
-        crop = [resize, transforms.CenterCrop(resolution), mirror]
-        loader = textbook_loader(photos, crop, batch_size, train.DEFAULT_WORKERS)
-        passes.append(textbook_logits(model, loader))
+    for view in [(256, 0), *itertools.product((224, 256, 288), (0, 1))]:
+        passes.append(textbook_logits(model, textbook_loader(cars, "test", *sizes, *view)))
     return torch.stack(passes[1:]).mean(0)
 
 
@@ -153,7 +145,7 @@ def input_rows(cars: dict, resolution: int, args: argparse.Namespace):
     crops = {"train": train.random_crop, "test": train.center_crop}
     photos = train.CarPhotos(cars, crops, resolution)
     for split, workers in itertools.product(cars, (1, 2)):
-        textbook_batches = textbook_loaders(cars, resolution, 16, workers)[split]
+        textbook_batches = textbook_loader(cars, split, resolution, 16, workers)
         keys = [(split, row, row) for row in range(count)]
         batches = [keys[start : start + 16] for start in range(0, count, 16)]
         ours = []
@@ -172,7 +164,7 @@ def run_rows(cars: dict, resolution: int, args: argparse.Namespace):
     cars = repeated(cars, count)
     model = resnet50(num_classes=cars["train"].features["label"].num_classes).to(train.DEVICE)
     optimizer = torch.optim.SGD(model.parameters(), 0.001, 0.9, weight_decay=1e-4)
-    loaders = textbook_loaders(cars, resolution, batch_size, train.DEFAULT_WORKERS)
+    sizes = (resolution, batch_size, train.DEFAULT_WORKERS)
     ours = []
     textbook = []
     pauses = []
@@ -187,7 +179,7 @@ def run_rows(cars: dict, resolution: int, args: argparse.Namespace):
             events = []
             with noting("evaluate", events), noting("move_and_normalize", events):
                 train.main(
-                    ["--output-dir", folder, "--epochs", "3", "--overwrite", *recipe.split()]
+                    [*recipe.split(), "--epochs", "3", "--overwrite", "--output-dir", folder]
                 )
             with open(Path(folder) / "history.csv", newline="") as file:
                 last = list(csv.DictReader(file))[-1]
@@ -200,9 +192,10 @@ def run_rows(cars: dict, resolution: int, args: argparse.Namespace):
             tta = seconds(evaluation.main, [*report, "--tta", "--num-gradcam", "0"])
             ours.append([float(last["photos_per_second"]), count / (end - start), count / tta])
 
-            epoch = seconds(textbook_epoch, model, optimizer, loaders["train"])
-            test = seconds(textbook_logits, model, loaders["test"])
-            tta = seconds(textbook_tta, model, cars["test"], resolution, batch_size)
+            loader = textbook_loader(cars, "train", *sizes)
+            epoch = seconds(textbook_epoch, model, optimizer, loader)
+            test = seconds(textbook_logits, model, textbook_loader(cars, "test", *sizes))
+            tta = seconds(textbook_tta, model, cars, sizes)
             textbook.append([count / epoch, count / test, count / tta])
     for column, name in enumerate(("train epoch", "test evaluation", "eval.py --tta")):
         our_rates = [rates[column] for rates in ours]

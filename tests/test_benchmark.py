@@ -35,7 +35,7 @@ def test_the_textbook_gives_the_logits_of_eval(trained):
     test = train.load_cars(str(trained.cars), ("test",))["test"].select(range(16))
     model = small_resnet(num_classes=8)
     model.load_state_dict(train.read_checkpoint(trained.run / "best_model.pth")["model"])
-    expected = benchmark.textbook_tta(model, test, resolution=64, batch_size=8)
+    expected = benchmark.textbook_tta(model, {"test": test}, sizes=(64, 8, 0))
     views = functools.partial(evaluation.crop_views, tta=True)
     photos = train.CarPhotos({"test": test}, {"test": views}, 64)
     stacked = torch.stack([photos["test", row, 0][0] for row in range(16)])
