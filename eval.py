@@ -516,12 +516,12 @@ def load_test_split(args: argparse.Namespace, checkpoint: dict):
     known_classes = checkpoint.get("classes")
     test = train.load_cars(args.dataset, ("test",), known_classes)["test"]
     num_classes = test.features["label"].num_classes
+    outputs = len(checkpoint["model"]["fc.bias"])
     print(f"test        {args.dataset}: {len(test)} photos, {num_classes} classes")
     if known_classes is None:
-        if num_classes != len(checkpoint["model"]["fc.bias"]):
+        if num_classes != outputs:
             raise InputError(
-                f"{args.checkpoint} has {len(checkpoint['model']['fc.bias'])} classes: name the "
-                "--dataset that it was trained on"
+                f"{args.checkpoint} has {outputs} classes: name the --dataset it was trained on"
             )
         print(f"            {args.checkpoint} names no classes: those of the data set are assumed,")
         print("            in its order; in another order, all that follows is wrong")

@@ -954,8 +954,7 @@ SMALL_SHARED_MEMORY = (
     "the shared memory in /dev/shm (df -h shows its size) is too small: "
     "give the container more with --shm-size or --ipc=host, or use --workers 0"
 )
-# What stands in the errors that a user can mend, with the advice for each. The first that is found
-# counts.
+# Parts of the errors that a user can mend, with the advice for each; the first that fits counts.
 ADVICE = {
     "OutOfMemoryError": "the GPU's memory is full: choose a smaller --batch-size or --resolution",
     "allocate memory": "the memory is full: choose a smaller --batch-size or fewer --workers",
