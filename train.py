@@ -18,9 +18,7 @@ Train on four GPUs, with the same recipe:
 
 import argparse
 import contextlib
-import copy
 import csv
-import datetime
 import functools
 import glob
 import io
@@ -51,6 +49,7 @@ import filelock
 import huggingface_hub
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -58,10 +57,16 @@ from datasets.info import DatasetInfosDict
 from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from torchcodec.decoders import decode_image
 from torchvision.models import ResNet50_Weights, resnet50
 from torchvision.transforms import v2
 from tqdm import tqdm
+
+try:
+    from torchcodec.decoders import decode_image
+except Exception as error:
+    # Its libraries are linked against one build of torch, and cannot be loaded beside another's.
+    decode_image = None
+    TORCHCODEC_ERROR = error
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of red, green and blue in 0…1
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -70,6 +75,7 @@ DEFAULT_DATASET = "tanganke/stanford_cars"
 DATASET_REVISION = "9abf6cf7d6dfa7b95152a0d6e791ea9435b47a40"
 # What torchcodec reads.
 PHOTO_SUFFIXES = ".jpg .jpeg .jfif .png .webp .gif .avif .heic .heif".split()
+PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF")
 MAX_MEGAPIXELS = 256  # Decoded, they take 768 MB in each worker; phones take 200 megapixels.
 PIL.Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is below these phones'.
 WORKER_TIMEOUT = 600  # seconds without a batch, after which a run ends and does not wait for ever
@@ -88,7 +94,9 @@ DEFAULT_WORKERS = max(1, min(16, CORES // LOCAL_WORLD_SIZE))
 # What a run writes to its output folder.
 RUN_FILES = ("last_checkpoint.pth", "best_model.pth", "history.csv", "training_curves.png")
 # A run and its resumption have to agree in these.
-FIXED_SETTINGS = "weights resolution batch_size lr momentum weight_decay step_size seed amp".split()
+FIXED_SETTINGS = (
+    "weights resolution batch_size lr momentum weight_decay step_size seed amp amp_dtype".split()
+)
 
 
 class InputError(Exception):
@@ -299,12 +307,21 @@ def decode_photo(encoded: bytes) -> torch.Tensor:
         # Resized by its shorter side, it would fill the memory.
         raise ValueError(f"{width} × {height} pixels are no photo")
     try:
+        if decode_image is None:
+            return decode_with_pillow(encoded)
         decoded = decode_image(encoded)  # By default RGB, and turned as EXIF says.
     except ValueError:
         raise ValueError("it is no JPEG, PNG, WebP, GIF, AVIF or HEIC file") from None
     if decoded.ndim == 4:
         return decoded[0]
     return decoded
+
+
+def decode_with_pillow(encoded: bytes) -> torch.Tensor:
+    """`decode_photo` where torchcodec cannot be loaded: about half as fast."""
+    with PIL.Image.open(io.BytesIO(encoded), formats=PILLOW_FORMATS) as image:
+        upright = PIL.ImageOps.exif_transpose(image).convert("RGB")
+    return torch.from_numpy(np.array(upright)).movedim(-1, 0)
 
 
 @functools.cache  # Making it takes longer than using it.
@@ -471,14 +488,21 @@ def move_and_normalize(images: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------- model
 
 
-def pick_precision(amp: bool) -> torch.dtype:
-    """The dtype for autocast: float16 on CUDA, bfloat16 on a CPU that has it, else float32."""
+def pick_precision(amp: bool, amp_dtype: str | None = None) -> torch.dtype:
+    """The dtype for autocast: `amp_dtype`, and where that is None, the device's own.
+
+    That is float16 on CUDA, bfloat16 on a CPU that computes it natively, and float32 on others.
+    Without `amp` it is float32.
+    """
     if not amp:
         return torch.float32
+    if amp_dtype:
+        return getattr(torch, amp_dtype)
     if DEVICE.type == "cuda":
         return torch.float16
-    # Private names, because torch has no public ones for this.
-    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+    # torch 2.10 has no such function, and computes in float32.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
         return torch.bfloat16
     return torch.float32
 
@@ -594,9 +618,10 @@ def build_model(weights: str, num_classes: int) -> torch.nn.Module:
 def compile_full_batches(network: torch.nn.Module, batch_size: int) -> Callable:
     """torch.compile `network` for batches of `batch_size`.
 
-    An epoch's last batch is smaller, and not worth a second compilation.
+    An epoch's last batch is smaller, and not worth a second compilation. Where the batches of train
+    and test differ, dynamic=False keeps the second from a slower graph for batches of any size.
     """
-    compiled = torch.compile(network)
+    compiled = torch.compile(network, dynamic=False)
 
     def forward(images: torch.Tensor) -> torch.Tensor:
         if len(images) == batch_size:
@@ -604,6 +629,23 @@ def compile_full_batches(network: torch.nn.Module, batch_size: int) -> Callable:
         return network(images)
 
     return forward
+
+
+def make_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.optim.SGD:
+    """SGD with one learning rate for all parameters, and with momentum that begins at zero."""
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        args.lr,
+        args.momentum,
+        weight_decay=args.weight_decay,
+        # GradScaler then skips a step on the GPU: the CPU does not wait to hear of an overflow.
+        fused=True,
+    )
+    # torch leaves the memory of new buffers as it finds it where the first step is skipped. From
+    # zero, the first step's momentum is its gradient, as it is without `fused`.
+    for parameter in model.parameters():
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 # ---------------------------------------------------------------- one epoch, one evaluation
@@ -700,7 +742,10 @@ def number(number_type: type, low: float, high: float) -> Callable[[str], float]
 
 
 def parse_args(argv: list[str] | None, settings: dict | None = None) -> argparse.Namespace:
-    """The flags; `settings` of a run to resume take the place of the defaults."""
+    """The flags; `settings` of a run to resume take the place of the defaults.
+
+    What follows from the machine and was left out is None, so that a run may go on elsewhere.
+    """
     formatter = argparse.RawDescriptionHelpFormatter
     # fmt: off
     parser = Parser(description=__doc__, formatter_class=formatter)
@@ -724,12 +769,13 @@ def parse_args(argv: list[str] | None, settings: dict | None = None) -> argparse
         help="epochs after which lr is divided by 10 (%(default)s)")
     add("--seed", type=number(int, 0, 2**32), default=0,
         help="of the new fc, the order of the photos and their crops (%(default)s)")
-    add("--workers", type=number(int, 0, 256), default=DEFAULT_WORKERS,
-        help="processes that decode photos, for each GPU (%(default)s)")
+    add("--workers", type=number(int, 0, 256),
+        help="processes that decode photos, for each GPU (cores / GPUs, at most 16)")
     add("--output-dir", type=Path, default=".", help="for what the run writes (%(default)s)")
-    add("--amp", action=on_or_off, default=True, help="mixed precision, where it is native (on)")
-    add("--compile", action=on_or_off, default=torch.cuda.is_available(),
-        help="torch.compile (on for CUDA)")
+    add("--amp", action=on_or_off, default=True, help="mixed precision (on)")
+    add("--amp-dtype", choices=["float16", "bfloat16"],
+        help="its type (float16 on CUDA, bfloat16 on a CPU that has it, else no mixed precision)")
+    add("--compile", action=on_or_off, help="torch.compile (on for CUDA)")
     exclusive = parser.add_mutually_exclusive_group()
     exclusive.add_argument("--resume", action="store_true",
         help="go on after the last saved epoch, with the run's flags; begin where there is no run")
@@ -854,12 +900,20 @@ def restore_states(checkpoint: dict, num_photos: dict, stateful: dict):
         raise InputError(
             f"the data set has changed since the run began: {num_photos}, not {before}"
         )
-    # The run may come from another device: load_state_dict would take over its `fused`, too.
-    fused = stateful["optimizer"].param_groups[0]["fused"]
-    checkpoint["optimizer"]["param_groups"][0]["fused"] = fused
     for name, component in stateful.items():
         if checkpoint[name]:  # The scaler of a run without float16 has no state.
             component.load_state_dict(checkpoint[name])
+
+
+def copy_to_cpu(state: object) -> object:
+    """A copy of a state dict, whose tensors are the CPU's, with the strides that they had."""
+    if isinstance(state, torch.Tensor):
+        return state.to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {name: copy_to_cpu(value) for name, value in state.items()}
+    if isinstance(state, list):
+        return [copy_to_cpu(value) for value in state]
+    return state
 
 
 def best_epoch(history: list[dict]) -> dict:
@@ -870,8 +924,8 @@ def best_epoch(history: list[dict]) -> dict:
 def write_run(checkpoint: dict, folder: Path):
     """Write last_checkpoint.pth, which holds the whole run, and then what follows from it."""
     history = checkpoint["history"]
-    # On the CPU, and contiguous as torchvision's, for whoever loads it without this program.
-    model = {name: value.cpu().contiguous() for name, value in checkpoint["model"].items()}
+    # Contiguous as torchvision's, for whoever loads it without this program.
+    model = {name: value.contiguous() for name, value in checkpoint["model"].items()}
     checkpoint = {**checkpoint, "model": model}
     atomic_write(folder / "last_checkpoint.pth", to_bytes(checkpoint))
     best = best_epoch(history)
@@ -925,17 +979,19 @@ def plot_history(history: list[dict]) -> Figure:
     return figure
 
 
-def finish_epoch(checkpoint: dict, folder: Path, epochs: int):
+def finish_epoch(checkpoint: dict, folder: Path, epochs: range):
     """Write the run, and then print the line of its last epoch: what is printed is saved."""
     write_run(checkpoint, folder)
     row = checkpoint["history"][-1]
-    minutes_left = (epochs - row["epoch"]) * row["seconds"] / 60
+    epochs_left = epochs[-1] - row["epoch"]
+    # The first epoch after a start says little about the others: its steps were compiled.
+    left = f"  {epochs_left * row['seconds'] / 60:.1f} min left" if row["epoch"] > epochs[0] else ""
     say(
-        f"epoch {row['epoch']}/{epochs}  lr {row['lr']:.3g}  "
+        f"epoch {row['epoch']}/{epochs[-1]}  lr {row['lr']:.3g}  "
         f"train loss {row['train_loss']:.4f} acc {row['train_accuracy']:.2%}  "
         f"test loss {row['test_loss']:.4f} acc {row['test_accuracy']:.2%}  "
         f"{row['seconds']:.1f} s  {row['photos_per_second']:.1f} photos/s  "
-        f"{row['input_wait']:.0%} waiting for photos  {minutes_left:.1f} min left"
+        f"{row['input_wait']:.0%} waiting for photos{left}"
     )
 
 
@@ -968,7 +1024,6 @@ ADVICE = {
     "DataLoader worker (pid": "a worker has ended: where memory was short, use fewer --workers",
     "DataLoader timed out": "the workers hand nothing over: look at the disk, or use --workers 0",
     "EADDRINUSE": "the port is taken: choose another with --master-port",
-    "torch.distributed": "another process of this run has ended, or cannot be reached",
     "by peer": "another process of this run has ended: its message tells why",
 }
 
@@ -1011,6 +1066,10 @@ def run_command(main: Callable[[], None]) -> int:
         message = explain(error)
         if not message:
             raise
+    finally:
+        # Here main has returned, and what held DistributedDataParallel is gone.
+        if dist.is_initialized():
+            dist.destroy_process_group()
     if message:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     try:
@@ -1030,6 +1089,11 @@ def start_process():
         )
     torch.set_float32_matmul_precision("high")  # TF32
     torch.backends.cudnn.benchmark = True
+    if DEVICE.type == "cpu" and torch.backends.cuda.is_built():
+        try:
+            torch.cuda.init()
+        except Exception as error:
+            say(f"warning   no GPU can be used, and a CPU takes days: {reason(error)}")
     if DEVICE.type == "cuda":
         gpus = torch.cuda.device_count()
         if LOCAL_WORLD_SIZE > gpus:
@@ -1037,8 +1101,7 @@ def start_process():
         torch.cuda.set_device(DEVICE)
     if WORLD_SIZE > 1:
         backend = dist.get_default_backend_for_device(DEVICE)
-        # The timeout is long, because the others may have to wait for one that downloads.
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+        dist.init_process_group(backend)
 
 
 # ---------------------------------------------------------------- main
@@ -1064,9 +1127,18 @@ def main(argv: list[str] | None = None):
         say_summary(history)
         return
 
-    precision = pick_precision(args.amp)
+    precision = pick_precision(args.amp, args.amp_dtype)
+    workers = DEFAULT_WORKERS if args.workers is None else args.workers
+    compiled = DEVICE.type == "cuda" if args.compile is None else args.compile
     device_name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
-    say(f"device    {WORLD_SIZE} × {device_name}, {precision}, channels_last")
+    compilation = "compiled" if compiled else "not compiled"
+    say(f"device    {WORLD_SIZE} × {device_name}, {precision}, {compilation}, {workers} workers")
+    if decode_image is None:
+        say(
+            "warning   Pillow decodes the photos, about half as fast: torchcodec cannot be loaded, "
+            "and has to come from the same index as torch "
+            f"({reason(TORCHCODEC_ERROR)})"
+        )
     settings = vars(args).copy()
     for name in ("output_dir", "resume", "overwrite"):  # These are not the run's.
         del settings[name]
@@ -1084,7 +1156,9 @@ def main(argv: list[str] | None = None):
         say(f"          each epoch leaves out {left_out} of them, too few for a last batch")
 
     torch.manual_seed(args.seed)
-    model = build_model("none" if checkpoint else args.weights, len(classes))
+    # One process loads the weights: DistributedDataParallel hands them to the others.
+    start_from = "none" if checkpoint or RANK > 0 else args.weights
+    model = build_model(start_from, len(classes))
     model.to(DEVICE, memory_format=torch.channels_last)
     network = model
     if WORLD_SIZE > 1:
@@ -1092,14 +1166,10 @@ def main(argv: list[str] | None = None):
         network = DistributedDataParallel(model, broadcast_buffers=False)
     train_forward = network
     test_forward = model
-    if args.compile:
+    if compiled:
         train_forward = compile_full_batches(network, batch_sizes[0] // WORLD_SIZE)
         test_forward = compile_full_batches(model, args.batch_size // WORLD_SIZE)
-    # Fused, it lets GradScaler skip a step without a look by the CPU, which would wait for the GPU.
-    fused = DEVICE.type == "cuda"
-    optimizer = torch.optim.SGD(
-        model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=fused
-    )
+    optimizer = make_optimizer(model, args)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.step_size, gamma=0.1)
     autocast = autocast_to(precision)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=precision == torch.float16)
@@ -1114,12 +1184,14 @@ def main(argv: list[str] | None = None):
     photos = CarPhotos(cars, crops, args.resolution)
     own_test_keys = test_batches(num_photos["test"], args.batch_size)
     key_batches = all_batches(num_photos["train"], batch_sizes, own_test_keys, epochs, args.seed)
-    batches = iter(make_loader(photos, key_batches, args.workers))
+    batches = iter(make_loader(photos, key_batches, workers))
     if args.overwrite and RANK == 0:
         # Now that nothing else can be refused. After a kill in the first epoch, --resume would else
         # go on with the old run.
         for name in RUN_FILES:
             (args.output_dir / name).unlink(missing_ok=True)
+    if compiled:
+        say("the first steps are compiled, which takes a minute or two")
     say("Ctrl-C is safe once an epoch is printed: --resume goes on after the last one")
     epoch_start = time.perf_counter()
     write = None
@@ -1141,10 +1213,12 @@ def main(argv: list[str] | None = None):
                     dist.broadcast(buffer, 0)
             own_test = next_batches(batches, len(own_test_keys), "test")
             tested = evaluate(forward=test_forward, batches=own_test, autocast=autocast)
-            if not math.isfinite(trained["train_loss"] + tested["test_loss"]):
+            # A train loss may be: GradScaler skips the step of a batch that has overflowed.
+            if not math.isfinite(tested["test_loss"]):
                 raise InputError(
-                    f"the loss is not finite in epoch {epoch}: begin again with a smaller --lr and "
-                    "--overwrite, or in a new --output-dir with --weights OLD/best_model.pth"
+                    f"the test loss is not finite in epoch {epoch}: begin again with a "
+                    "smaller --lr and --overwrite, or in a new --output-dir with "
+                    "--weights OLD/best_model.pth"
                 )
 
             epoch_end = time.perf_counter()
@@ -1157,13 +1231,12 @@ def main(argv: list[str] | None = None):
                 if write:
                     write.result()  # Waits for the epoch before; raises what stopped it.
                 states = {name: component.state_dict() for name, component in stateful.items()}
-                # A copy, since a thread writes it while the next epoch changes the states.
-                copied = copy.deepcopy({**run, **states, "epoch": epoch, "history": history})
-                write = writer.submit(finish_epoch, copied, args.output_dir, args.epochs)
+                # Copied here, where the GPU has nothing else to do: a thread writes it while the
+                # next epoch changes the states.
+                copied = copy_to_cpu({**run, **states, "epoch": epoch, "history": history})
+                write = writer.submit(finish_epoch, copied, args.output_dir, epochs)
         if RANK == 0:
             write.result()
-    if WORLD_SIZE > 1:
-        dist.destroy_process_group()
     say_summary(history)
 
 

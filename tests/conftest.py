@@ -126,6 +126,26 @@ def fork(tmp_path):
         process.clean_up()
 
 
+@pytest.fixture
+def ranks(fork, cars):
+    """Run spy.py in processes that find each other as those of torchrun do: how each has ended."""
+
+    def run(processes: int, *flags, **environment) -> list[tuple[int, str, str]]:
+        # It chooses a free port, as torchrun does.
+        store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": store.port}
+        environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": 1}
+        environment |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        started = []
+        for rank in range(processes):
+            place = {"RANK": rank, "LOCAL_RANK": rank}
+            common = ["--dataset", cars, *SMALL, *flags]
+            started.append(fork("tests/spy.py", *common, **environment, **place))
+        return [process.end() for process in started]
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def finished(cars, tmp_path_factory) -> Path:
     """The folder of a run of two epochs."""

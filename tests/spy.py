@@ -4,12 +4,15 @@ SPY_NOTES      a folder: each process notes its weights at the end and the photo
 SPY_STILL      hold batch norm still, which else sees a process's own photos
 SPY_FLAGS      flags of the second process alone
 SPY_DATASET    the data set that the second process finds in place of the first's
+SPY_OVERFLOWS_AT  the step in which the second process's scaled loss overflows
+SPY_LACKS      a file of weights that the second process cannot find
 SPY_ENDS_AT    the number of decoded photos at which the second process ends, once
 SPY_KILLED_AT  the number of files written and files moved at which the process is killed
 """
 
 import hashlib
 import json
+import math
 import os
 import signal
 import sys
@@ -29,11 +32,14 @@ KILLED_AT = int(os.environ.get("SPY_KILLED_AT", 0))
 load_cars = train.load_cars
 decode_photo = train.decode_photo
 build_model = train.build_model
+is_file = Path.is_file
+scale = torch.amp.GradScaler.scale
 write_bytes = Path.write_bytes
 replace = os.replace
 photos = []
 models = []
 writes = []
+steps = []
 
 
 def still_batch_norm(layer, images):
@@ -55,6 +61,13 @@ def noting_decode_photo(encoded, *rest):
 def noting_build_model(*args, **options):
     models.append(build_model(*args, **options))
     return models[-1]
+
+
+def overflowing_scale(scaler, loss):
+    steps.append(None)
+    if len(steps) == int(os.environ["SPY_OVERFLOWS_AT"]):
+        return scale(scaler, loss) * math.inf
+    return scale(scaler, loss)
 
 
 def load_other_cars(dataset, *args, **options):
@@ -86,6 +99,10 @@ if __name__ == "__main__":
         sys.argv += os.environ.get("SPY_FLAGS", "").split()
         if "SPY_DATASET" in os.environ:
             train.load_cars = load_other_cars
+        if "SPY_OVERFLOWS_AT" in os.environ:
+            torch.amp.GradScaler.scale = overflowing_scale
+        if "SPY_LACKS" in os.environ:
+            Path.is_file = lambda path: str(path) != os.environ["SPY_LACKS"] and is_file(path)
     train.decode_photo = noting_decode_photo
     train.build_model = noting_build_model
     if KILLED_AT:

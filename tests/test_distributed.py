@@ -13,26 +13,6 @@ import train
 
 
 @pytest.fixture
-def ranks(fork, cars):
-    """Run spy.py in processes that find each other as those of torchrun do: how each has ended."""
-
-    def run(processes: int, *flags, **environment) -> list[tuple[int, str, str]]:
-        # It chooses a free port, as torchrun does.
-        store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-        environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": store.port}
-        environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": 1}
-        environment |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-        started = []
-        for rank in range(processes):
-            place = {"RANK": rank, "LOCAL_RANK": rank}
-            common = ["--dataset", cars, *SMALL, *flags]
-            started.append(fork("tests/spy.py", *common, **environment, **place))
-        return [process.end() for process in started]
-
-    return run
-
-
-@pytest.fixture
 def torchrun(cars, tmp_path):
     """Run spy.py under torchrun, as the README says; its exit status, output and errors."""
 

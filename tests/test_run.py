@@ -195,19 +195,6 @@ def resume(finished, tmp_path, capfd):
     return run
 
 
-def test_workers_that_were_left_out_are_those_of_the_run(resume):
-    # The default is one, or more.
-    assert " workers=0 " in resume({"workers": 0}, "--epochs", 3)
-
-
-def test_compile_that_was_left_out_is_that_of_the_run(resume, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or network)
-    default = torch.cuda.is_available()
-    assert f" compile={not default}" in resume({"compile": not default}, "--epochs", 3)
-    assert bool(compiled) is not default
-
-
 def test_a_flag_that_is_given_takes_the_place_of_the_runs(resume):
     assert " workers=0 " in resume({"workers": 2}, "--epochs", 3, "--workers", 0)
 

@@ -29,7 +29,8 @@ DEFAULTS = {
     "weight_decay": 1e-4,
     "step_size": 30,
     "amp": True,
-    "compile": torch.cuda.is_available(),
+    "compile": None,
+    "amp_dtype": None,
 }
 
 
@@ -136,8 +137,7 @@ def test_a_cpu_computes_in_bfloat16_where_it_is_native(
 ):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, name, lambda: native)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native})
     out = success(run_train(flag, "--epochs", 1, "--output-dir", tmp_path))
     assert f"torch.{precision}," in out
 
@@ -229,7 +229,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_what_it_advises_works(
     last["model"]["bn1.running_var"].fill_(-1)
     torch.save(last, old / "last_checkpoint.pth")
     err = refusal(run_train("--output-dir", old, "--epochs", 3, "--step-size", 1, "--resume"))
-    assert "the loss is not finite in epoch 3" in err
+    assert "the test loss is not finite in epoch 3" in err
     assert "a new --output-dir with --weights OLD/best_model.pth" in err
     assert "--lr and --overwrite" in err
 
@@ -240,7 +240,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_what_it_advises_works(
 
 def test_a_loss_that_is_not_finite_at_once_leaves_no_run(run_train, tmp_path):
     flags = ["--epochs", 5, "--output-dir", tmp_path]
-    assert "the loss is not finite in epoch 1" in refusal(run_train(*flags, "--lr", 1000))
+    assert "the test loss is not finite in epoch 1" in refusal(run_train(*flags, "--lr", 1000))
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
