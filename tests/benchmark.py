@@ -175,12 +175,12 @@ def run_rows(cars: dict, resolution: int, args: argparse.Namespace):
         mock.patch.object(train, "load_cars", lambda *args, **options: cars),
     ):
         recipe = f"--weights none --resolution {resolution} --batch-size {batch_size} --lr 0.001"
+        precision = [] if args.amp else ["--no-amp"]
         for _ in range(args.repeats):
             events = []
             with noting("evaluate", events), noting("move_and_normalize", events):
-                train.main(
-                    [*recipe.split(), "--epochs", "3", "--overwrite", "--output-dir", folder]
-                )
+                flags = [*recipe.split(), *precision, "--epochs", "3"]
+                train.main([*flags, "--overwrite", "--output-dir", folder])
             with open(Path(folder) / "history.csv", newline="") as file:
                 last = list(csv.DictReader(file))[-1]
             waits.append(float(last["input_wait"]))
@@ -189,6 +189,7 @@ def run_rows(cars: dict, resolution: int, args: argparse.Namespace):
                     pauses.append(start - end)
             _, start, end = events[-1]
             report = ["--output-dir", folder, "--checkpoint", f"{folder}/best_model.pth"]
+            report += precision
             tta = seconds(evaluation.main, [*report, "--tta", "--num-gradcam", "0"])
             ours.append([float(last["photos_per_second"]), count / (end - start), count / tta])
 
@@ -217,11 +218,13 @@ def main(argv: list[str] | None = None):
     add("--resolution", type=int, nargs="+", default=[224, 448], help="of the crops (224 448)")
     add("--photos", type=int,
         help="behind a figure (640 of input; in an epoch 8144, without CUDA 64 or, at 448 px, 16)")
+    add("--amp", action=argparse.BooleanOptionalAction, default=True,
+        help="mixed precision in this program (on)")
     add("--repeats", type=int, default=3, help="measurements behind each median (%(default)s)")
     # fmt: on
     args = parser.parse_args(argv)
     cars = train.load_cars(args.dataset)
-    precision = train.pick_precision(amp=True)
+    precision = train.pick_precision(args.amp)
     print(f"{train.DEVICE.type}, {precision} beside float32, {train.DEFAULT_WORKERS} workers")
     print(f"torch {torch.__version__}, medians of {args.repeats} (lowest–highest)\n")
     for resolution in args.resolution:

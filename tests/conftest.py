@@ -1,11 +1,9 @@
-import atexit
-import gc
 import os
-import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
@@ -14,8 +12,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHO
 # It would hide that a script keeps back what it has printed.
 os.environ.pop("PYTHONUNBUFFERED", None)
 # Before datasets is imported: no test reads or fills the user's cache.
-os.environ["HF_HOME"] = tempfile.mkdtemp()
-atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+CACHE = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+os.environ["HF_HOME"] = CACHE.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Before torch is imported: threads that wait for each other cost more than they gain here.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -36,19 +34,16 @@ datasets.disable_progress_bars()
 
 
 def pytest_addoption(parser):
-    described = "also run the tests that are long by design"
-    parser.addoption("--slow", action="store_true", help=described)
+    parser.addoption("--slow", action="store_true", help="also run the tests that take long")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: long by design; runs with --slow, or where CI=true")
+    config.addinivalue_line("markers", "slow: long by design; runs with --slow")
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--slow") or os.environ.get("CI") == "true":
-        return
     for item in items:
-        if item.get_closest_marker("slow"):
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))
 
 
@@ -70,44 +65,34 @@ def real_network(monkeypatch):
 @pytest.fixture
 def one_thread():
     """The same sums on any machine: their order depends on the number of threads."""
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def call(main, flags: list) -> int:
     """Call a script's `main` as the script does; returns the exit status."""
     argv = [str(flag) for flag in flags]
     try:
-        status = train.run_command(lambda: main(argv))
-    except SystemExit as stop:  # argparse's
-        status = stop.code
-    # A run that failed keeps its lock until its frames go: elsewhere, with its process.
-    gc.collect()
-    return status
+        train.run_command(lambda: main(argv))
+    except SystemExit as stop:
+        if isinstance(stop.code, str):  # As Python itself does at the end of a script.
+            print(stop.code, file=sys.stderr)
+            return 1
+        return stop.code
+    return 0
 
 
 @pytest.fixture
 def run_train(capfd, cars):
     """Run train.py in this process, with small settings: exit status, output and errors."""
-
-    def run(*flags) -> tuple[int, str, str]:
-        status = call(train.main, ["--dataset", cars, *SMALL, *flags])
-        return status, *capfd.readouterr()
-
-    return run
+    common = ["--dataset", cars, *SMALL]
+    return lambda *flags: (call(train.main, [*common, *flags]), *capfd.readouterr())
 
 
 @pytest.fixture
 def run_eval(capfd):
     """Run eval.py in this process: exit status, output and errors."""
-
-    def run(*flags) -> tuple[int, str, str]:
-        status = call(evaluation.main, ["--workers", 0, "--no-amp", *flags])
-        return status, *capfd.readouterr()
-
-    return run
+    common = ["--workers", 0, "--no-amp"]
+    return lambda *flags: (call(evaluation.main, [*common, *flags]), *capfd.readouterr())
 
 
 @pytest.fixture
@@ -115,15 +100,16 @@ def fork(tmp_path):
     """Start a script in a Fork, which does not outlive the test."""
     forks = []
 
-    def start(script: str, *flags, **options) -> Fork:
+    def start(script: str, *flags, **environment) -> Fork:
         folder = tmp_path / f"fork{len(forks)}"
         folder.mkdir()
-        forks.append(Fork(script, *flags, folder=folder, **options))
+        forks.append(Fork(script, *flags, folder=folder, **environment))
         return forks[-1]
 
     yield start
-    for process in forks:
-        process.clean_up()
+    for process in filter(Fork.is_alive, forks):
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
 
 
 @pytest.fixture
@@ -136,11 +122,9 @@ def ranks(fork, cars):
         environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": store.port}
         environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": 1}
         environment |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-        started = []
-        for rank in range(processes):
-            place = {"RANK": rank, "LOCAL_RANK": rank}
-            common = ["--dataset", cars, *SMALL, *flags]
-            started.append(fork("tests/spy.py", *common, **environment, **place))
+        command = ["tests/spy.py", "--dataset", cars, *SMALL, *flags]
+        places = [{"RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
+        started = [fork(*command, **environment, **place) for place in places]
         return [process.end() for process in started]
 
     return run
@@ -155,16 +139,11 @@ def finished(cars, tmp_path_factory) -> Path:
     return folder
 
 
-class Trained(NamedTuple):
-    cars: Path
-    run: Path
-
-
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory) -> Trained:
+def trained(tmp_path_factory) -> SimpleNamespace:
     """A drawn data set of 96 + 32 photos, and the folder of a short run on it."""
-    made = Trained(tmp_path_factory.mktemp("cars"), tmp_path_factory.mktemp("run"))
-    draw_cars(made.cars, train_per_class=12, test_per_class=4)
+    cars, run = tmp_path_factory.mktemp("cars"), tmp_path_factory.mktemp("run")
+    draw_cars(cars, train_per_class=12, test_per_class=4)
     flags = [*SMALL, "--resolution", 64, "--batch-size", 16, "--epochs", 2]
-    assert call(train.main, ["--dataset", made.cars, *flags, "--output-dir", made.run]) == 0
-    return made
+    assert call(train.main, ["--dataset", cars, *flags, "--output-dir", run]) == 0
+    return SimpleNamespace(cars=cars, run=run)

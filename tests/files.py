@@ -28,15 +28,12 @@ def rows(count: int, classes: int = 2) -> list[tuple[bytes, int]]:
 
 
 def write_dataset(folder: Path, train_rows: list, test_rows: list, names: list[str]) -> Path:
-    """Write (bytes, label) rows as a data set laid out as the Hub repository is, without a card.
-
-    A row whose bytes are None has no photo.
-    """
+    """Write (bytes, label) rows as a data set laid out as the Hub repository is, without a card."""
     label = datasets.ClassLabel(names=names)
     features = datasets.Features({"image": datasets.Image(), "label": label})
     (folder / "data").mkdir(parents=True)
     for split, split_rows in (("train", train_rows), ("test", test_rows)):
-        photos = [data if data is None else {"bytes": data, "path": None} for data, _ in split_rows]
+        photos = [{"bytes": data, "path": None} for data, _ in split_rows]
         columns = {"image": photos, "label": [label for _, label in split_rows]}
         split_dataset = datasets.Dataset.from_dict(columns, features=features)
         split_dataset.to_parquet(folder / "data" / f"{split}-0.parquet")

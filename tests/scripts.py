@@ -1,10 +1,8 @@
 """Start train.py, eval.py and spy.py in processes of their own, and say how they ended."""
 
-import contextlib
 import multiprocessing
 import os
 import runpy
-import signal
 import subprocess
 import sys
 import time
@@ -17,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 SMALL = "--weights none --resolution 33 --batch-size 8 --lr 0.01 --workers 0".split()
 SMALL += ["--no-compile", "--no-amp"]
 # Seconds. Only a process that hangs takes as long, however slow and busy the machine is.
-HANGS = 1200
+HANGS = 120
 
 
 def start(*arguments, small: bool = True, environment: dict | None = None, **options):
@@ -44,16 +42,15 @@ FORKSERVER.set_forkserver_preload(["train", "eval"])
 
 
 class Fork(FORKSERVER.Process):
-    """A script with the small network in a process of its own, but in no new interpreter.
+    """A script with the small network, and its workers, in a process group of their own.
 
-    It is a copy of a process that has imported the libraries, which else takes most of a test's
-    time. Standard output and standard error go to the files `out` and `err` in `folder`.
+    It is a copy of a process that has imported the libraries, which takes most of a test's time.
     """
 
-    def __init__(self, script: str, *flags, folder: Path, out: Path | None = None, **environment):
+    def __init__(self, script: str, *flags, folder: Path, **environment):
         super().__init__()
         self.argv = [str(ROOT / script), *map(str, flags)]
-        self.out = out or folder / "out"
+        self.out = folder / "out"
         self.err = folder / "err"
         self.environment = {name: str(value) for name, value in environment.items()}
         self.out.touch()
@@ -80,26 +77,10 @@ class Fork(FORKSERVER.Process):
             assert self.is_alive(), self.err.read_text()
             time.sleep(0.02)
 
-    def children(self) -> list[int]:
-        """The ids of the processes that it has started."""
-        listed = subprocess.run(["pgrep", "-P", str(self.pid)], capture_output=True, text=True)
-        return [int(pid) for pid in listed.stdout.split()]
-
-    def signal_group(self, number: int):
-        """Send a signal to the script and to its workers."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, number)
-
     def end(self) -> tuple[int, str, str]:
         """Wait for the end; returns exit status, standard output and standard error."""
         self.join(HANGS)
-        out = self.out.read_text() if self.out.is_file() else ""
-        return self.exitcode, out, self.err.read_text()
-
-    def clean_up(self):
-        if self.is_alive():
-            self.signal_group(signal.SIGKILL)
-        self.join()
+        return self.exitcode, self.out.read_text(), self.err.read_text()
 
 
 def success(outcome: tuple[int, str, str]) -> str:

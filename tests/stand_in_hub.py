@@ -8,10 +8,16 @@ import threading
 import urllib.parse
 from pathlib import Path
 
+SAID = {401: "Invalid credentials in Authorization header"}
+
 
 @contextlib.contextmanager
-def stand_in_hub(folder: Path, repo: str, revision: str):
-    """Serve `folder` as data set `repo` at `revision`; yields the URL and the paths fetched."""
+def stand_in_hub(folder: Path, repo: str, revision: str, status=200, dies_in=0, seconds=0):
+    """Serve `folder` as data set `repo` at `revision`; yields the URL and the paths fetched.
+
+    A `status` that is not 200 is every answer. The server dies in the middle of the file number
+    `dies_in`, from 1. A file takes so many `seconds`.
+    """
     files = {
         path.relative_to(folder).as_posix(): path
         for path in sorted(folder.rglob("*"))
@@ -39,10 +45,18 @@ def stand_in_hub(folder: Path, repo: str, revision: str):
             for name, value in {"Content-Length": str(len(body)), **headers}.items():
                 self.send_header(name.replace("_", "-"), value)
             self.end_headers()
+            died = 0 < dies_in == len(fetched)
             if self.command != "HEAD":
-                self.wfile.write(body)
+                self.wfile.write(body[: len(body) // 2] if died else body)
+            self.close_connection |= died
 
         def do_GET(self):
+            if status != 200:
+                self.reply(status, b"{}", X_Error_Message=SAID.get(status, ""))
+                return
+            if 0 < dies_in == len(fetched):
+                self.close_connection = True
+                return
             path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
             api, resolve = f"/api/datasets/{repo}", f"/datasets/{repo}/resolve/{revision}/"
             if path in (api, f"{api}/revision/{revision}"):
@@ -67,6 +81,7 @@ def stand_in_hub(folder: Path, repo: str, revision: str):
                 name = path.removeprefix(resolve)
                 if self.command == "GET":
                     fetched.append(name)
+                    threading.Event().wait(seconds)
                 etag = entry(name)["oid"]
                 self.reply(200, files[name].read_bytes(), ETag=f'"{etag}"', X_Repo_Commit=revision)
             else:
