@@ -51,9 +51,8 @@ AS_PNG = {"format": "png", "dpi": 100}
 
 def load_model(checkpoint: dict) -> torch.nn.Module:
     """The ResNet-50 of `checkpoint`, on the GPU if there is one."""
-    with train.reported_as("the checkpoint is of no ResNet-50 with an fc"):
-        model = resnet50(num_classes=len(checkpoint["model"]["fc.bias"]))
-        model.load_state_dict(checkpoint["model"])
+    model = resnet50(num_classes=len(checkpoint["model"]["fc.bias"]))
+    model.load_state_dict(checkpoint["model"])
     model.to(train.DEVICE, memory_format=torch.channels_last).eval()
     # GradCAM needs gradients at the last block alone. The rest then keeps no activations for them.
     model.requires_grad_(False)
@@ -164,9 +163,9 @@ def worst_first(per_class: pandas.DataFrame) -> pandas.DataFrame:
 
 def confused_pairs(errors: pandas.DataFrame, support: pandas.Series) -> pandas.DataFrame:
     """The ten most frequent of `errors`: classes, count, share (0…1) of the true class's photos."""
-    pairs = errors.groupby(["true", "predicted"]).size().reset_index(name="count")
-    pairs["share"] = pairs["count"] / pairs["true"].map(support)
-    return pairs.sort_values("count", ascending=False, kind="stable")[:10]
+    pairs = errors.value_counts().head(10).reset_index()
+    pairs["share"] = pairs["count"] / pairs["true"].map(support).astype(float)
+    return pairs
 
 
 def have_years(classes: list[str]) -> bool:
@@ -526,7 +525,8 @@ def main(argv: list[str] | None = None):
     precision = train.pick_precision(args.amp)
     autocast = train.autocast_to(precision)
     print(f"device      {train.DEVICE.type}, {precision}")
-    model = load_model(checkpoint)
+    with train.reported_as(f"{args.checkpoint} is of no ResNet-50 with an fc"):
+        model = load_model(checkpoint)
     if args.images:
         numbered = [f"class {index}" for index in range(model.fc.out_features)]
         classify_images(args, model, checkpoint.get("classes", numbered), autocast)

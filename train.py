@@ -93,9 +93,9 @@ def reported_as(message: str):
     except InputError:
         raise
     except Exception as error:
-        said = [str(part) or type(part).__name__ for part in (error, error.__cause__) if part]
-        reasons = [" ".join(text.split())[:400] for text in said]
-        raise InputError(f"{message}: {'; '.join(reasons)}") from error
+        said = [str(part) for part in (error, error.__cause__) if part]
+        reasons = dict.fromkeys(" ".join(text.split())[:400] for text in said)
+        raise InputError(f"{message}: {'; '.join(reasons) or type(error).__name__}") from error
 
 
 def say(text: str):
@@ -169,7 +169,7 @@ def find_photos(folder: Path) -> tuple[list[Path], int]:
     """
     photos = {}  # by their real paths
     others = 0
-    for path in sorted(folder.rglob("*")):
+    for path in [folder, *sorted(folder.rglob("*"))]:
         if any(part.startswith((".", "@")) for part in path.relative_to(folder).parts):
             continue
         if path.is_dir() and not path.is_symlink():
@@ -238,6 +238,8 @@ def decode_photo(encoded: bytes) -> torch.Tensor:
             photo = photo[0]
     else:
         with PIL.Image.open(io.BytesIO(encoded), formats=PILLOW_FORMATS) as image:
+            if image.mode.startswith("I"):
+                raise ValueError("16-bit greys are read by torchcodec alone")
             upright = PIL.ImageOps.exif_transpose(image).convert("RGB")
         photo = torch.from_numpy(np.array(upright)).movedim(-1, 0)
     height, width = photo.shape[1:]
@@ -430,10 +432,10 @@ def read_checkpoint(path: Path) -> dict:
             # torchvision's references and timm keep their flags beside the weights.
             with torch.serialization.safe_globals([argparse.Namespace]):
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
+        except (pickle.UnpicklingError, RuntimeError) as error:
             # torch's own message is long, and advises to run the code.
-            held = re.search(r"GLOBAL (\S+)|$", str(error))[1]
-            raise ValueError(f"it is damaged, or holds code, which is not run: {held}") from None
+            held = " ".join(re.findall(r"GLOBAL (\S+)", str(error))) or "unreadable"
+            raise ValueError(f"it is damaged, or holds code, which is not run ({held})") from None
         if "model" not in checkpoint:
             checkpoint = {"model": checkpoint.get("state_dict", checkpoint), **checkpoint}
         if "model_ema" in checkpoint or "state_dict_ema" in checkpoint:
@@ -811,8 +813,7 @@ def train(args: argparse.Namespace, checkpoint: dict | None):
     model = states["model"]
     network = model
     if WORLD_SIZE > 1:
-        # Batch norm's statistics are those of a process's own photos until the evaluation.
-        network = DistributedDataParallel(model, broadcast_buffers=False)
+        network = DistributedDataParallel(model)
     train_forward = network
     test_forward = model
     if compiled:
@@ -840,7 +841,7 @@ def train(args: argparse.Namespace, checkpoint: dict | None):
             )
             model.eval()
             if WORLD_SIZE > 1:
-                # The first process's batch norm statistics become everybody's.
+                # As in each step, the first process's batch norm statistics become everybody's.
                 for buffer in model.buffers():
                     dist.broadcast(buffer, 0)
             crops = next_batches(batches, len(own_test_batches), "test")

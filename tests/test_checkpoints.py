@@ -78,9 +78,8 @@ def test_both_scripts_refuse_it_in_a_line_that_names_it(
 
 
 def test_logits_that_are_not_finite_are_no_result(run_eval, good, tmp_path):
-    variance = torch.full_like(good["model"]["bn1.running_var"], -1)
-    checkpoint = {**good, "model": {**good["model"], "bn1.running_var": variance}}
-    torch.save(checkpoint, tmp_path / "bad.pth")
+    state = {**good["model"], "bn1.running_var": -good["model"]["bn1.running_var"]}
+    torch.save({**good, "model": state}, tmp_path / "bad.pth")
     flags = ["--checkpoint", tmp_path / "bad.pth", "--output-dir", tmp_path]
     assert "the logits are not finite: try --no-amp" in refusal(run_eval(*flags))
     assert not (tmp_path / "metrics.json").exists()
