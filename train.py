@@ -169,11 +169,12 @@ def find_photos(folder: Path) -> tuple[list[Path], int]:
     """
     photos = {}  # by their real paths
     others = 0
-    for path in [folder, *sorted(folder.rglob("*"))]:
+    os.scandir(folder).close()  # rglob passes over a folder that cannot be read: this raises.
+    for path in sorted(folder.rglob("*")):
         if any(part.startswith((".", "@")) for part in path.relative_to(folder).parts):
             continue
         if path.is_dir() and not path.is_symlink():
-            os.scandir(path).close()  # rglob passes over a folder that cannot be read: this raises.
+            os.scandir(path).close()
         elif path.suffix.lower() in PHOTO_SUFFIXES:
             photos.setdefault(path.resolve(), path)
         else:
