@@ -180,6 +180,7 @@ def error_kinds(names: pandas.DataFrame) -> dict:
     `names` has the columns true and predicted.
     """
     right = names["true"] == names["predicted"]
+    # Without the year, which is the last word; and the make, as far as it is the first word.
     right_model = names["true"].str[:-5] == names["predicted"].str[:-5]
     right_make = names["true"].str.split().str[0] == names["predicted"].str.split().str[0]
     return {
@@ -193,7 +194,8 @@ def error_kinds(names: pandas.DataFrame) -> dict:
 
 def compute_metrics(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> dict:
     """All figures of (N, classes) float32 logits and (N,) int64 labels."""
-    confidences, predicted = logits.softmax(1).max(1)
+    confidences = logits.softmax(1).amax(1)
+    predicted = logits.argmax(1)
     right = predicted == labels
     in_top5 = logits.topk(min(5, len(classes))).indices == labels[:, None]
     per_class = describe_classes(predicted, labels, classes)
@@ -229,13 +231,13 @@ def list_predictions(test: datasets.Dataset, logits: dict[str, torch.Tensor]) ->
     The names of the last columns begin with the keys of `logits`, each (N, classes).
     """
     classes = np.array(test.features["label"].names)
-    labels = torch.tensor(test["label"])
+    labels = np.array(test["label"])
     rows = range(len(test))
     # Flattened to the columns image.bytes and image.path, so that no photo has to be read.
     columns = {"row": rows, "file": test.flatten()["image.path"], "true": classes[labels]}
     for prefix, of_photos in logits.items():
         probabilities = of_photos.softmax(1)
-        columns[f"{prefix}predicted"] = classes[probabilities.argmax(1)]
+        columns[f"{prefix}predicted"] = classes[of_photos.argmax(1).numpy()]
         columns[f"{prefix}confidence"] = probabilities.amax(1).numpy()
         columns[f"{prefix}true_confidence"] = probabilities[rows, labels].numpy()
     return pandas.DataFrame(columns)
@@ -333,7 +335,7 @@ def plot_grad_cam(crops: torch.Tensor, titles: list[str], maps: np.ndarray) -> F
         gap = np.ones((len(image), len(image) // 20, 3))
         overlay = show_cam_on_image(image, heat, use_rgb=True, image_weight=0.6) / 255
         axes.imshow(np.concatenate([image, gap, overlay], axis=1))
-        color = "firebrick" if "WRONG" in title else "black"
+        color = "firebrick" if "\nWRONG" in title else "black"
         axes.set_title(title, fontsize=7, loc="left", color=color, parse_math=False)
     return figure
 
@@ -400,7 +402,7 @@ def classify_images(args: argparse.Namespace, model, classes: list[str], autocas
     confidences, likeliest = logits.softmax(1).topk(min(5, len(classes)))
     table = pandas.DataFrame({"path": paths})
     for place in range(likeliest.shape[1]):
-        table[f"class_{place + 1}"] = np.array(classes)[likeliest[:, place]]
+        table[f"class_{place + 1}"] = np.array(classes)[likeliest[:, place].numpy()]
         table[f"confidence_{place + 1}"] = confidences[:, place].numpy()
     for row, path in enumerate(paths):
         print(f"\n{path}")
@@ -441,8 +443,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--workers", type=int, default=train.DEFAULT_WORKERS,
         help="processes that decode photos (%(default)s)")
     add("--output-dir", type=Path, default=".", help="for what is written (%(default)s)")
-    add("--amp", action=argparse.BooleanOptionalAction, default=True,
-        help="float16 on CUDA, bfloat16 on a CPU that has it (on)")
+    add("--amp", action=argparse.BooleanOptionalAction, help="mixed precision (as in training)")
     add("--images", nargs="+", metavar="PATH",
         help="classify these photos, and those in these folders, instead of the test split")
     # fmt: on
@@ -512,6 +513,8 @@ def evaluate_test_split(args: argparse.Namespace, model, checkpoint: dict, autoc
 
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
+    if train.WORLD_SIZE > 1:
+        raise train.InputError("eval.py is one process: start it without torchrun")
     train.make_output_dir(args.output_dir)
     checkpoint = train.read_checkpoint(args.checkpoint)
     trained_at = checkpoint.get("resolution", 224)
@@ -522,7 +525,8 @@ def main(argv: list[str] | None = None):
     trained = f"epoch {epoch}, {trained_at} px"
     print(f"checkpoint  {args.checkpoint} ({trained}); evaluated at {args.resolution} px")
     train.start_process()
-    precision = train.pick_precision(args.amp)
+    amp = settings.get("amp", True) if args.amp is None else args.amp
+    precision = train.pick_precision(amp, settings.get("amp_dtype"))
     autocast = train.autocast_to(precision)
     print(f"device      {train.DEVICE.type}, {precision}")
     with train.reported_as(f"{args.checkpoint} is of no ResNet-50 with an fc"):

@@ -5,7 +5,8 @@
     python train.py --resume                            # go on after a stop
     torchrun --nproc-per-node 4 train.py                # on four GPUs, with the same recipe
 
-The figures are those of github.com/patr1ckzhu/transfer-learning-stanford-cars for one RTX 5080.
+The figures are reported by github.com/patr1ckzhu/transfer-learning-stanford-cars, for one RTX 5080;
+nobody has measured them with this code yet.
 """
 
 import argparse
@@ -77,7 +78,7 @@ RUN_FILES = ("last_checkpoint.pth", "best_model.pth", "history.csv", "training_c
 FIXED_SETTINGS = ["weights", "resolution", "batch_size", "lr", "momentum", "weight_decay"]
 FIXED_SETTINGS += ["step_size", "seed", "amp", "amp_dtype"]
 # The lowest values of flags, of train.py and of eval.py.
-LOWEST = dict(resolution=32, batch_size=2, epochs=1, step_size=1, lr=1e-9, momentum=0)
+LOWEST = dict(resolution=32, batch_size=1, epochs=1, step_size=1, lr=1e-9, momentum=0)
 LOWEST.update(weight_decay=0, seed=0, workers=0, num_gradcam=0)
 
 
@@ -90,7 +91,7 @@ def reported_as(message: str):
     """Turn an error into an InputError: `message`, and what the error and its cause say."""
     try:
         yield
-    except InputError:
+    except (InputError, torch.OutOfMemoryError):  # run_command tells what to do about these.
         raise
     except Exception as error:
         said = [str(part) for part in (error, error.__cause__) if part]
@@ -187,13 +188,15 @@ def read_class_folders(folder: Path) -> datasets.Dataset:
     columns = {"image": [], "label": []}
     classes = []
     left_out = 0
-    for class_folder in sorted(filter(Path.is_dir, folder.iterdir())):
-        photos, others = find_photos(class_folder)
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith((".", "@")):
+            continue
+        photos, others = find_photos(entry) if entry.is_dir() else ([], 1)
         left_out += others
-        if photos and not class_folder.name.startswith((".", "@")):
+        if photos:
             columns["image"] += map(str, photos)
             columns["label"] += [len(classes)] * len(photos)
-            classes.append(class_folder.name)
+            classes.append(entry.name)
     if left_out:
         say(f"left out  {left_out} files in {folder}, which do not end in {PHOTO_SUFFIXES}")
     label = datasets.ClassLabel(names=classes)
@@ -258,7 +261,7 @@ def random_crop(photo: torch.Tensor, resolution: int) -> torch.Tensor:
     In draws and pixels it is torchvision's RandomResizedCrop and RandomHorizontalFlip.
     """
     place = DRAW_CROP.make_params([photo])
-    # Contiguous as (H, W, 3), since resize would copy a mere slice of it, and its own result.
+    # Made contiguous as (H, W, 3), the layout that resize is fast in, and that its result then has.
     cut_out = v2.functional.crop(photo, **place).movedim(0, -1).contiguous()
     size = [resolution, resolution]
     resized = v2.functional.resize(cut_out.movedim(-1, 0), size, antialias=True)
@@ -298,8 +301,8 @@ class CarPhotos(torch.utils.data.Dataset):
         """The items of a batch of one split, whose rows are looked up at once."""
         split = keys[0][0]
         columns = self.cars[split][[row for _, row, _ in keys]]
-        rows = zip(keys, columns["image"], strict=True)
-        crops = [self.load_crop(*key, image) for key, image in rows]
+        images = zip(keys, columns["image"], strict=True)
+        crops = [self.load_crop(*key, image) for key, image in images]
         return list(zip(crops, columns["label"], strict=True))
 
     def load_crop(self, split: str, row: int, seed: int, image: dict | None) -> torch.Tensor:
@@ -492,8 +495,8 @@ def build_states(args, checkpoint: dict | None, num_classes: int, precision: tor
     optimizer = torch.optim.SGD(
         model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True
     )
-    # torch leaves the memory of new buffers as it finds it where the first step is skipped. From
-    # zero, the first step's momentum is its gradient, as it is without `fused`.
+    # Where the first step is skipped, torch would go on with momentum in uninitialised memory. From
+    # zero, the momentum of the first step is its gradient, as it is without `fused`.
     for parameter in model.parameters():
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.step_size, gamma=0.1)
@@ -642,8 +645,6 @@ def make_output_dir(folder: Path):
     with reported_as(f"cannot write to --output-dir {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-        for draft in folder.glob(".partial-*"):  # of a run that was killed
-            draft.unlink()
 
 
 def open_run(args: argparse.Namespace, argv: list[str] | None) -> tuple:
@@ -656,11 +657,13 @@ def open_run(args: argparse.Namespace, argv: list[str] | None) -> tuple:
     existing = [name for name in RUN_FILES if (folder / name).exists()]
     if args.resume and not existing:
         say(f"no run in {folder}: starting one")
-    if args.overwrite or not existing:
-        return args, None
-    if not args.resume:
+    if existing and not (args.resume or args.overwrite):
         choice = "go on with --resume, replace it with --overwrite, or choose another --output-dir"
         raise InputError(f"{folder} holds a run already ({', '.join(existing)}): {choice}")
+    for draft in folder.glob(".partial-*"):  # of a run that was killed
+        draft.unlink()
+    if args.overwrite or not existing:
+        return args, None
     checkpoint = read_checkpoint(folder / "last_checkpoint.pth")
     settings = checkpoint["settings"]
     args = parse_args(argv, settings)
@@ -811,7 +814,7 @@ def train(args: argparse.Namespace, checkpoint: dict | None):
     say(f"data      {counts}, {len(classes)} classes")
 
     states = build_states(args, checkpoint, len(classes), precision)
-    model = states["model"]
+    model, optimizer, scheduler, scaler = states.values()
     network = model
     if WORLD_SIZE > 1:
         network = DistributedDataParallel(model)
@@ -830,42 +833,44 @@ def train(args: argparse.Namespace, checkpoint: dict | None):
         # Now that nothing else can be refused; later, --resume would go on with the old run.
         for name in RUN_FILES:
             (args.output_dir / name).unlink(missing_ok=True)
-    say(f"begins with epoch {epochs.start}; Ctrl-C loses no printed epoch: --resume goes on")
-    write = None
+    done = f"{len(history)} of {args.epochs} epochs are done"
+    say(f"{done}; Ctrl-C loses no epoch that is printed: --resume goes on after it")
+    pending_write = None
     with ThreadPoolExecutor(max_workers=1) as writer:  # Its end waits for what is being written.
         for epoch in epochs:
             epoch_start = time.perf_counter()
             model.train()
-            crops = next_batches(batches, len(batch_sizes), "train")
+            train_batches = next_batches(batches, len(batch_sizes), "train")
             trained = train_one_epoch(
-                train_forward, crops, batch_sizes, autocast, states["optimizer"], states["scaler"]
+                train_forward, train_batches, batch_sizes, autocast, optimizer, scaler
             )
             model.eval()
             if WORLD_SIZE > 1:
                 # As in each step, the first process's batch norm statistics become everybody's.
                 for buffer in model.buffers():
                     dist.broadcast(buffer, 0)
-            crops = next_batches(batches, len(own_test_batches), "test")
-            tested = evaluate(test_forward, crops, autocast)
-            # A train loss may be: GradScaler skips the step of a batch that has overflowed.
+            tested_batches = next_batches(batches, len(own_test_batches), "test")
+            tested = evaluate(test_forward, tested_batches, autocast)
+            # A train loss that is not finite does no harm: GradScaler skips a step that overflows.
             if not math.isfinite(tested["test_loss"]):
                 again = "begin again with a smaller --lr and --overwrite"
                 raise InputError(f"the test loss is not finite in epoch {epoch}: {again}")
-            lr = states["scheduler"].get_last_lr()[0]
-            states["scheduler"].step()
+            lr = scheduler.get_last_lr()[0]
+            scheduler.step()
             row = {"epoch": epoch, "lr": lr, **trained, **tested}
             history.append({**row, "seconds": time.perf_counter() - epoch_start})
             if RANK == 0:
-                if write:
-                    write.result()  # Waits for the epoch before; raises what stopped it.
+                if pending_write:
+                    pending_write.result()  # Waits for the epoch before; raises what stopped it.
                 run = {name: component.state_dict() for name, component in states.items()}
                 run.update(settings=settings, classes=classes, num_photos=num_photos)
                 run.update(resolution=args.resolution, epoch=epoch, history=history)
                 # Copied here, where the GPU has nothing else to do: a thread writes it while the
                 # next epoch changes the states.
-                write = writer.submit(finish_epoch, copy_to_cpu(run), args.output_dir, epochs)
-        if write:
-            write.result()
+                run = copy_to_cpu(run)
+                pending_write = writer.submit(finish_epoch, run, args.output_dir, epochs)
+        if pending_write:
+            pending_write.result()
     best = max(history, key=lambda row: row["test_accuracy"])
     minutes = sum(row["seconds"] for row in history) / 60
     say(f"last epoch's test accuracy {history[-1]['test_accuracy']:.2%}; {minutes:.1f} min in all")

@@ -220,11 +220,13 @@ def test_a_worker_that_hands_nothing_over_ends_the_run(run_train, tmp_path, monk
 
 @pytest.mark.slow
 def test_a_run_that_was_stopped_for_longer_than_the_timeout_goes_on(fork, cars, tmp_path):
-    flags = ["--dataset", cars, *SMALL, "--epochs", 3, "--workers", 1, "--output-dir", tmp_path]
-    process = fork("tests/spy.py", *flags, SPY_TIMEOUT=1)
-    process.wait_for("epoch 1/3")
+    flags = ["--dataset", cars, *SMALL, "--epochs", 2, "--workers", 1, "--output-dir", tmp_path]
+    process = fork("tests/spy.py", *flags, SPY_TIMEOUT=2)
+    process.wait_for("epoch 1/2")
+    subprocess.run(["pkill", "-STOP", "-P", str(process.pid)])
+    time.sleep(1)  # The run waits for its worker now.
     os.killpg(process.pid, signal.SIGSTOP)
-    time.sleep(3)
+    time.sleep(5)
     os.killpg(process.pid, signal.SIGCONT)
     success(process.end())
 
