@@ -16,6 +16,7 @@ import math
 import os
 import re
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -26,6 +27,9 @@ os.environ["MPLBACKEND"] = "agg"
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     # Ctrl-C ends the process at once and without a traceback, as in train.py.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+if os.path.expanduser("~") == "~":  # As in train.py.
+    os.environ["HOME"] = tempfile.gettempdir()
 
 import datasets
 import numpy as np

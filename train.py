@@ -31,6 +31,9 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_
     # kill, which every file survives. Where nohup has it ignored, it stays so.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+if os.path.expanduser("~") == "~":  # A user without a home would get a folder of that name.
+    os.environ["HOME"] = tempfile.gettempdir()
+
 import datasets
 import huggingface_hub
 import numpy as np

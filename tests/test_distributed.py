@@ -50,7 +50,9 @@ def test_three_processes_train_the_weights_that_one_trains_and_end_without_a_war
     first, *others = ranks(3, *flags, tmp_path / "run", SPY_NOTES=tmp_path, SPY_STILL=1)
     assert "3 × CPU" in success(first)
     assert first[2] == ""
-    assert others == [(0, "", "")] * 2
+    for status, out, err in others:
+        assert (status, err) == (0, "")
+        assert "epoch" not in out  # Older versions of gloo say who is connected.
     assert_ranks_agree(cars, tmp_path, processes=3, epochs=1)
 
     monkeypatch.setattr(torch.nn.BatchNorm2d, "forward", still_batch_norm)

@@ -280,6 +280,7 @@ def test_one_photo_all_right_at_another_resolution(run_eval, plain, tmp_path, mo
     assert metrics["tta_change"]["p_value"] == 1
 
 
+@pytest.mark.skipif(train.decode_image is None, reason="torchcodec cannot be loaded")
 def test_the_readmes_lines_name_a_photos_class(plain, tmp_path, monkeypatch, capsys):
     source = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     monkeypatch.chdir(tmp_path)
