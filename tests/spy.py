@@ -4,7 +4,7 @@ SPY_NOTES      a folder: each process notes its weights at the end and the photo
 SPY_STILL      hold batch norm still, which else sees a process's own photos
 SPY_FLAGS      flags of the second process alone
 SPY_OVERFLOWS_AT  the step in which the second process's scaled loss overflows
-SPY_LACKS      a file of weights that the second process cannot find
+SPY_LACKS      the second process can read no weights
 SPY_ENDS_AT    the number of decoded photos at which the second process ends, once
 SPY_KILLED_AT  the number of files written and files moved at which the process is killed
 SPY_TIMEOUT    train.WORKER_TIMEOUT in seconds; a photo then takes a twentieth of it
@@ -33,7 +33,6 @@ TIMEOUT = float(os.environ.get("SPY_TIMEOUT", 0))
 
 decode_photo = train.decode_photo
 build_model = train.build_model
-is_file = Path.is_file
 scale = torch.amp.GradScaler.scale
 write_bytes = Path.write_bytes
 replace = os.replace
@@ -88,7 +87,7 @@ if __name__ == "__main__":
         if "SPY_OVERFLOWS_AT" in os.environ:
             torch.amp.GradScaler.scale = overflowing_scale
         if "SPY_LACKS" in os.environ:
-            Path.is_file = lambda path: str(path) != os.environ["SPY_LACKS"] and is_file(path)
+            train.read_checkpoint = None
     train.decode_photo = noting_decode_photo
     train.build_model = noting_build_model
     train.WORKER_TIMEOUT = TIMEOUT or train.WORKER_TIMEOUT
