@@ -637,7 +637,7 @@ def atomic_write(path: Path, write: Callable):
     draft = path.with_name(f".partial-{os.getpid()}-{path.name}")
     try:
         with reported_as(f"cannot write {path}"):
-            draft.write_bytes(contents.getbuffer())
+            draft.write_bytes(contents.getvalue())
             os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
