@@ -3,7 +3,7 @@
     python train.py --resolution 448 --batch-size 64    # 91.78 % test accuracy in 50.3 min
     python train.py                                     # 224 px: 89.38 % in 18.9 min
     python train.py --resume                            # go on after a stop
-    torchrun --nproc-per-node 4 train.py                # on four GPUs, with the same recipe
+    torchrun --nproc-per-node 4 train.py                # on four GPUs, each with its own batch norm
 
 The figures are reported by github.com/patr1ckzhu/transfer-learning-stanford-cars, for one RTX 5080;
 nobody has measured them with this code yet.
@@ -14,6 +14,7 @@ import contextlib
 import functools
 import glob
 import io
+import itertools
 import math
 import os
 import pickle
@@ -27,11 +28,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-    # Before the slow imports: Ctrl-C ends the process at once and without a traceback, like any
-    # kill, which every file survives. Where nohup has it ignored, it stays so.
+    # Before the slow imports: Ctrl-C ends the process at once. Where it is ignored, it stays so.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-if os.path.expanduser("~") == "~":  # A user without a home would get a folder of that name.
+if os.path.expanduser("~") == "~":  # Caches would make a folder ~.
     os.environ["HOME"] = tempfile.gettempdir()
 
 import datasets
@@ -43,7 +43,6 @@ import PIL.ImageOps
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision.models import ResNet50_Weights, resnet50
@@ -64,7 +63,8 @@ DEFAULT_DATASET = "tanganke/stanford_cars"
 DATASET_REVISION = "9abf6cf7d6dfa7b95152a0d6e791ea9435b47a40"
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".avif", ".heic", ".heif")
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF")
-WORKER_TIMEOUT = 300  # seconds, waited for twice: see next_batches
+DRAW_CROP = v2.RandomResizedCrop(size=224)  # The box does not depend on size.
+WORKER_TIMEOUT = 300  # seconds; next_batches waits twice
 
 # torchrun sets these variables for each process that it starts.
 RANK = int(os.environ.get("RANK", 0))
@@ -72,15 +72,15 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 DEVICE = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
-# macOS and Windows do not tell which cores a process may use.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 DEFAULT_WORKERS = max(1, min(16, CORES // LOCAL_WORLD_SIZE))
 
-RUN_FILES = ("last_checkpoint.pth", "best_model.pth", "history.csv", "training_curves.png")
-# A run and its resumption have to agree in these.
-FIXED_SETTINGS = ["weights", "resolution", "batch_size", "lr", "momentum", "weight_decay"]
-FIXED_SETTINGS += ["step_size", "seed", "amp", "amp_dtype"]
-# The lowest values of flags, of train.py and of eval.py.
+RUN_FILES = ("last_checkpoint.pth", "best_model.pth", "history.csv")
+# The first are not stored with a run. The others may change when it is resumed: the data set may
+# have moved, but its classes and numbers of photos are compared.
+NOT_SETTINGS = ("output_dir", "resume", "overwrite")
+FREE_SETTINGS = ("dataset", "epochs", "workers", "compile")
+# No flag of train.py or eval.py may be lower.
 LOWEST = dict(resolution=32, batch_size=1, epochs=1, step_size=1, lr=1e-9, momentum=0)
 LOWEST.update(weight_decay=0, seed=0, workers=0, num_gradcam=0)
 
@@ -91,10 +91,10 @@ class InputError(Exception):
 
 @contextlib.contextmanager
 def reported_as(message: str):
-    """Turn an error into an InputError: `message`, and what the error and its cause say."""
+    """Turn an error (of no full GPU) into an InputError: `message`, and what the error says."""
     try:
         yield
-    except (InputError, torch.OutOfMemoryError):  # run_command tells what to do about these.
+    except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         said = [str(part) for part in (error, error.__cause__) if part]
@@ -111,12 +111,11 @@ def say(text: str):
 # ---------------------------------------------------------------- data
 
 
-def load_cars(dataset, splits=("train", "test"), classes=None) -> dict[str, datasets.Dataset]:
+def load_cars(dataset, splits=("train", "test"), classes=None) -> dict:
     """Load `splits` of a Hub data set or of a local folder.
 
-    Each has the columns `image` (still encoded) and `label` (a ClassLabel), an index into the list
-    of names `classes`, which is a checkpoint's, or else that of the first split. Raises InputError
-    where a split cannot be had, or where its classes are others.
+    The columns are `image`, still encoded, and `label`, an index into the names `classes`: those
+    of a checkpoint, or else of the first split. Raises InputError where a split cannot be had.
     """
     datasets.disable_progress_bars()
     if RANK > 0 or not sys.stderr.isatty():
@@ -125,11 +124,11 @@ def load_cars(dataset, splits=("train", "test"), classes=None) -> dict[str, data
     for split in splits:
         with reported_as(f"cannot load the {split} split of --dataset {dataset}"):
             photos = load_split(dataset, split)
-            columns = {name: type(feature).__name__ for name, feature in photos.features.items()}
-            if columns.get("image") != "Image" or columns.get("label") != "ClassLabel":
-                raise ValueError(f"it needs image: Image and label: ClassLabel, and has {columns}")
+            types = [type(photos.features.get(name)) for name in ("image", "label")]
+            if types != [datasets.Image, datasets.ClassLabel]:
+                raise ValueError(f"it needs image: Image, label: ClassLabel, not {photos.features}")
             if len(photos) == 0:
-                raise ValueError("it has no photos (of save_to_disk's folders: use to_parquet)")
+                raise ValueError("it has no photos (save_to_disk is not read: use to_parquet)")
             classes = classes or photos.features["label"].names
             photos = label_by_name(photos, classes)
             cars[split] = photos.cast_column("image", datasets.Image(decode=False))
@@ -158,22 +157,19 @@ def load_split(dataset: str, split: str) -> datasets.Dataset:
     shards = re.search(r"-of-(\d+)", files[0].stem)
     if shards and int(shards[1]) != len(files):
         raise ValueError(f"it has {len(files)} of the {int(shards[1])} files of {files[0]}")
-    cache = f"HF_DATASETS_CACHE={datasets.config.HF_DATASETS_CACHE}"
-    with reported_as(f"cannot read {files[0]}, or write to {cache}"):
-        # Escaped, because datasets takes every name for a pattern.
-        patterns = [glob.escape(str(file)) for file in files]
-        return datasets.Dataset.from_parquet(patterns, split=split)
+    # Without an escape, datasets takes a name for a pattern.
+    return datasets.Dataset.from_parquet([glob.escape(str(file)) for file in files], split=split)
 
 
 def find_photos(folder: Path) -> tuple[list[Path], int]:
     """The photos in and below `folder`, told by their suffix, and the number of other files.
 
-    What begins with . or @ is skipped, as notebooks, Macs and network disks add it. Folders behind
-    links are not entered, but counted; of several links to a photo, one is taken.
+    What begins with . or @ is skipped, as Macs and network disks add it. Folders behind links are
+    not entered, but counted; of several links to a photo, one is taken.
     """
     photos = {}  # by their real paths
     others = 0
-    os.scandir(folder).close()  # rglob passes over a folder that cannot be read: this raises.
+    os.scandir(folder).close()  # rglob skips a folder that it cannot read: this raises.
     for path in sorted(folder.rglob("*")):
         if any(part.startswith((".", "@")) for part in path.relative_to(folder).parts):
             continue
@@ -201,27 +197,26 @@ def read_class_folders(folder: Path) -> datasets.Dataset:
             columns["label"] += [len(classes)] * len(photos)
             classes.append(entry.name)
     if left_out:
-        say(f"left out  {left_out} files in {folder}, which do not end in {PHOTO_SUFFIXES}")
-    label = datasets.ClassLabel(names=classes)
-    features = datasets.Features({"image": datasets.Image(), "label": label})
+        say(f"left out  {left_out} files or links in {folder}: photos end in {PHOTO_SUFFIXES}")
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=classes))
     return datasets.Dataset.from_dict(columns, features=features)
 
 
-def label_by_name(photos: datasets.Dataset, classes: list[str]) -> datasets.Dataset:
+def label_by_name(photos: datasets.Dataset, classes: list[str]):
     """`photos` with labels that are indices into `classes`, where its own have the same names.
 
     They may stand in another order: folders are sorted, and the Hub's are not. As no folder can be
     named "Ram C/V", the characters / - _ are equal, unless two of `classes` differ in nothing else.
     """
-    spelt = functools.partial(re.sub, "[/_]", "-")
-    if len(set(map(spelt, classes))) < len(classes):
-        spelt = str
-    expected = [spelt(name) for name in classes]
-    own = [spelt(name) for name in photos.features["label"].names]
+    spell = functools.partial(re.sub, "[/_]", "-")
+    if len(set(map(spell, classes))) < len(classes):
+        spell = str
+    expected = [spell(name) for name in classes]
+    own = [spell(name) for name in photos.features["label"].names]
     if sorted(own) != sorted(expected):
-        counts = f"{len(own)} classes, and the checkpoint or train split {len(expected)}"
-        only_here = sorted(set(own) - set(expected))[:3]
         missing = sorted(set(expected) - set(own))[:3]
+        only_here = sorted(set(own) - set(expected))[:3]
+        counts = f"{len(own)} classes, and not the {len(expected)} of training"
         raise ValueError(f"it has {counts}; only here: {only_here}, missing: {missing}")
     for row, label in enumerate(photos["label"]):
         if label not in range(len(own)):
@@ -236,11 +231,11 @@ def label_by_name(photos: datasets.Dataset, classes: list[str]) -> datasets.Data
 def decode_photo(encoded: bytes) -> torch.Tensor:
     """Decode an image file to upright RGB: (3, H, W) uint8, with the channels last in memory.
 
-    Of an animation, it is the first frame. Raises what the decoder raises for a damaged file, and
-    ValueError for what would fill the memory when its shorter side is resized.
+    Of an animation, it is the first frame. Raises ValueError for a photo more than 50 times as
+    long as wide, whose crop would fill the memory, and what the decoder raises for a damaged file.
     """
     if decode_image:
-        photo = decode_image(encoded)  # By default RGB, and turned as EXIF says.
+        photo = decode_image(encoded)  # It is RGB and upright by EXIF.
         if photo.ndim == 4:
             photo = photo[0]
     else:
@@ -255,19 +250,15 @@ def decode_photo(encoded: bytes) -> torch.Tensor:
     return photo
 
 
-DRAW_CROP = v2.RandomResizedCrop(size=224)  # What it draws does not depend on the size.
-
-
 def random_crop(photo: torch.Tensor, resolution: int) -> torch.Tensor:
     """Train crop of (3, H, W) uint8: contiguous (R, R, 3) uint8, mirrored or not.
 
     In draws and pixels it is torchvision's RandomResizedCrop and RandomHorizontalFlip.
     """
     place = DRAW_CROP.make_params([photo])
-    # Made contiguous as (H, W, 3), the layout that resize is fast in, and that its result then has.
+    # resize is fast in the layout (H, W, 3), and keeps it.
     cut_out = v2.functional.crop(photo, **place).movedim(0, -1).contiguous()
-    size = [resolution, resolution]
-    resized = v2.functional.resize(cut_out.movedim(-1, 0), size, antialias=True)
+    resized = v2.functional.resize(cut_out.movedim(-1, 0), [resolution] * 2, antialias=True)
     if torch.rand(1) < 0.5:
         resized = resized.flip(-1)
     return resized.movedim(0, -1)
@@ -276,8 +267,7 @@ def random_crop(photo: torch.Tensor, resolution: int) -> torch.Tensor:
 def center_crop(photo: torch.Tensor, resolution: int, side_for_224: int = 256) -> torch.Tensor:
     """Test crop of (3, H, W) uint8: contiguous (R, R, 3) uint8.
 
-    The shorter side is resized to int(R · side_for_224 / 224), which at 224 px is the recipe's
-    256, and the centre is taken. The views of eval.py have other sides.
+    The shorter side is resized to int(R · side_for_224 / 224): at 224 px to the recipe's 256.
     """
     shorter_side = int(resolution * side_for_224 / 224)
     resized = v2.functional.resize(photo, [shorter_side], antialias=True)
@@ -288,8 +278,8 @@ class CarPhotos(torch.utils.data.Dataset):
     """The photos of all splits. An item, asked for by (split, row, seed), is a crop and its label.
 
     `crops[split]` turns (3, H, W) uint8 and R into (R, R, 3) uint8, or, for eval.py, into
-    (views, R, R, 3). What it draws at random follows from the seed in the key, so that neither the
-    number of workers nor a stop changes it. Raises InputError, naming it, for a damaged photo.
+    (views, R, R, 3). What it draws at random follows from the seed in the key, whatever the number
+    of workers. Raises InputError, naming it, for a photo that cannot be decoded.
     """
 
     def __init__(self, cars: dict, crops: dict[str, Callable], resolution: int):
@@ -297,26 +287,19 @@ class CarPhotos(torch.utils.data.Dataset):
         self.crops = crops
         self.resolution = resolution
 
-    def __getitem__(self, key: tuple[str, int, int]) -> tuple[torch.Tensor, int]:
-        return self.__getitems__([key])[0]
-
     def __getitems__(self, keys: list[tuple]) -> list[tuple]:
         """The items of a batch of one split, whose rows are looked up at once."""
-        split = keys[0][0]
-        columns = self.cars[split][[row for _, row, _ in keys]]
-        images = zip(keys, columns["image"], strict=True)
-        crops = [self.load_crop(*key, image) for key, image in images]
-        return list(zip(crops, columns["label"], strict=True))
+        photos = self.cars[keys[0][0]][[row for _, row, _ in keys]]
+        crops = map(self.load_crop, keys, photos["image"])
+        return list(zip(crops, photos["label"], strict=True))
 
-    def load_crop(self, split: str, row: int, seed: int, image: dict | None) -> torch.Tensor:
+    def load_crop(self, key: tuple, image: dict | None) -> torch.Tensor:
+        split, row, seed = key
         if image is None or image == {"bytes": None, "path": None}:
             raise InputError(f"the {split} photo in row {row} is missing")
         name = image["path"] or f"in row {row}"
         with reported_as(f"the {split} photo {name} cannot be decoded"):
-            encoded = image["bytes"]
-            if encoded is None:
-                encoded = Path(image["path"]).read_bytes()
-            photo = decode_photo(encoded)
+            photo = decode_photo(image["bytes"] or Path(image["path"]).read_bytes())
         # torch.manual_seed would go through all kinds of devices, which takes 0.1 ms.
         torch.default_generator.manual_seed(seed)
         return self.crops[split](photo, self.resolution)
@@ -329,42 +312,36 @@ def train_batch_sizes(num_photos: int, batch_size: int) -> list[int]:
     decide a whole step, just before the evaluation. Raises InputError for what cannot be shared.
     """
     if batch_size % WORLD_SIZE or min(batch_size, num_photos) < 2 * WORLD_SIZE:
-        share = f"{WORLD_SIZE} processes, with the same number of photos, at least two, for each"
-        raise InputError(f"--batch-size {batch_size} of {num_photos} photos does not fit {share}")
-    batch_size = min(batch_size, num_photos)
-    full_batches, last_batch = divmod(num_photos, batch_size)
-    sizes = [batch_size] * full_batches
-    if last_batch >= max(batch_size / 8, 2 * WORLD_SIZE):
-        sizes.append(last_batch)
+        rule = f"a multiple of {WORLD_SIZE}, with two photos or more for each process"
+        raise InputError(f"--batch-size {batch_size} of {num_photos} photos has to be {rule}")
+    sizes = [min(batch_size, num_photos - start) for start in range(0, num_photos, batch_size)]
+    if sizes[-1] < max(sizes[0] / 8, 2 * WORLD_SIZE):
+        sizes.pop()
     return sizes
 
 
-def test_batches(num_photos: int, local_batch_size: int) -> list[list]:
+def test_batches(num_photos: int, batch_size: int) -> list[list]:
     """The keys of each test batch of this process; no photo counts twice."""
     keys = [("test", row, 0) for row in range(RANK, num_photos, WORLD_SIZE)]
-    starts = range(0, len(keys), local_batch_size)
-    return [keys[start : start + local_batch_size] for start in starts]
+    return [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
 
 
 def all_batches(num_train, batch_sizes, own_test_batches, epochs, seed) -> Iterator[list]:
     """Yield the keys of the run's batches, as far as they fall to this process.
 
-    One sampler for all steps and evaluations lets the workers begin with what comes next while the
-    device works.
+    As one sampler serves all epochs, the workers load the next one during the evaluation.
     """
     for epoch in epochs:
         rng = np.random.default_rng([seed, epoch])
         rows = rng.permutation(num_train).tolist()
         crop_seeds = rng.integers(2**32, size=num_train).tolist()
-        keys = [("train", row, crop_seed) for row, crop_seed in zip(rows, crop_seeds, strict=True)]
-        start = 0
+        keys = zip(itertools.repeat("train"), rows, crop_seeds, strict=False)
         for batch_size in batch_sizes:
-            yield keys[start : start + batch_size][RANK::WORLD_SIZE]
-            start += batch_size
+            yield list(itertools.islice(keys, batch_size))[RANK::WORLD_SIZE]
         yield from own_test_batches
 
 
-def make_loader(photos: CarPhotos, key_batches: Iterable[list], workers: int) -> DataLoader:
+def make_loader(photos: CarPhotos, key_batches: Iterable, workers: int):
     """Load batches of keys, once, as (B, R, R, 3) uint8 crops and (B,) int64 labels."""
     return DataLoader(
         photos,
@@ -377,30 +354,26 @@ def make_loader(photos: CarPhotos, key_batches: Iterable[list], workers: int) ->
 
 def next_batches(batches: Iterator, count: int, title: str) -> Iterator:
     """Yield the next `count` of `batches`, with a progress bar in a terminal."""
-    hidden = RANK > 0 or not sys.stderr.isatty()
-    for _ in tqdm(range(count), desc=title, leave=False, disable=hidden):
+    for _ in tqdm(range(count), title, leave=False, disable=RANK > 0 or not sys.stderr.isatty()):
         try:
-            batch = next(batches)
+            yield next(batches)
         except RuntimeError as error:
             if "timed out" not in str(error):
                 raise
-            # A stop of the whole run, as by Ctrl-Z, has counted as waiting: one second chance.
-            batch = next(batches)
-        yield batch
+            # A stop of the whole run, as by Ctrl-Z, counts as waiting, so that it tries once more.
+            yield next(batches)
 
 
 @functools.cache  # A copy to the GPU in each step would make the CPU wait for it.
-def imagenet_statistics() -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of RGB in 0…255: each (3, 1, 1) float32 on DEVICE."""
-    mean_and_std = 255 * torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=DEVICE)
-    return mean_and_std.view(2, 3, 1, 1).unbind()
+def rgb_on_device(values: tuple) -> torch.Tensor:
+    """Three values in 0…1, scaled to 0…255: (3, 1, 1) float32."""
+    return 255 * torch.tensor(values, device=DEVICE).view(3, 1, 1)
 
 
 def move_and_normalize(images: torch.Tensor) -> torch.Tensor:
     """Move (B, R, R, 3) uint8 to DEVICE: (B, 3, R, R) float32, normalised, channels_last."""
-    mean, std = imagenet_statistics()
     channels_first = images.to(DEVICE, non_blocking=True).movedim(-1, -3)
-    return channels_first.sub(mean).div_(std)
+    return channels_first.sub(rgb_on_device(IMAGENET_MEAN)).div_(rgb_on_device(IMAGENET_STD))
 
 
 # ---------------------------------------------------------------- model
@@ -441,12 +414,11 @@ def read_checkpoint(path: Path) -> dict:
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError) as error:
             # torch's own message is long, and advises to run the code.
-            held = " ".join(re.findall(r"GLOBAL (\S+)", str(error))) or "unreadable"
-            raise ValueError(f"it is damaged, or holds code, which is not run ({held})") from None
-        if "model" not in checkpoint:
-            checkpoint = {"model": checkpoint.get("state_dict", checkpoint), **checkpoint}
+            code = re.findall(r"GLOBAL (\S+)", str(error))
+            raise ValueError(f"it is damaged, or holds code that is not run {code or ''}") from None
+        checkpoint = {"model": checkpoint.get("state_dict", checkpoint), **checkpoint}
         if "model_ema" in checkpoint or "state_dict_ema" in checkpoint:
-            say(f"{path} also holds an EMA of the weights, which is not used: the weights are")
+            say(f"{path} also holds an EMA of the weights, which is not used")
         prefix = re.compile(r"^((_orig_mod|module)\.)+")
         state = {prefix.sub("", name): value for name, value in checkpoint["model"].items()}
         if not all(value.isfinite().all() for value in state.values()):
@@ -457,27 +429,25 @@ def read_checkpoint(path: Path) -> dict:
 def build_model(weights: str, num_classes: int) -> torch.nn.Module:
     """ResNet-50 with a `num_classes`-way fc, from a torchvision name, a file, or "none".
 
-    The fc is new for torchvision's weights, and for a file without one or with another number of
-    classes. Raises InputError where the weights cannot be had or are another network's.
+    The fc is always new: classes of equal number may be others, or in another order. Raises
+    InputError where the weights cannot be had or are another network's.
     """
     model = resnet50(num_classes=num_classes)
     if weights == "none":
         return model
     with reported_as(f"cannot load --weights {weights}"):
         if weights in PRETRAINED:
-            show_bar = sys.stderr.isatty()
-            state = PRETRAINED[weights].get_state_dict(progress=show_bar, check_hash=True)
+            state = PRETRAINED[weights].get_state_dict(check_hash=True)
         else:
             state = read_checkpoint(Path(weights))["model"]
-        if weights in PRETRAINED or len(state.get("fc.bias", ())) != num_classes:
-            state = {**state, "fc.weight": model.fc.weight, "fc.bias": model.fc.bias}
+        state = {**state, "fc.weight": model.fc.weight, "fc.bias": model.fc.bias}
         model.load_state_dict(state)
     return model
 
 
 def compile_full_batches(network: torch.nn.Module, batch_size: int) -> Callable:
     """torch.compile `network` for this batch size: an epoch's last batch is not worth a minute."""
-    # Not dynamic, which would make a slower graph, for any size, of the second size that it meets.
+    # By default, a second size would be compiled again, to a slower graph for any size.
     compiled = torch.compile(network, dynamic=False)
 
     def forward(images: torch.Tensor) -> torch.Tensor:
@@ -488,13 +458,13 @@ def compile_full_batches(network: torch.nn.Module, batch_size: int) -> Callable:
     return forward
 
 
-def build_states(args, checkpoint: dict | None, num_classes: int, precision: torch.dtype) -> dict:
-    """Network, optimizer, scheduler and scaler, new or as `checkpoint` has them."""
+def build_states(args, checkpoint: dict, num_classes, precision) -> dict:
+    """Network, optimizer, scheduler and scaler, as `checkpoint` has them, or new if it is empty."""
     torch.manual_seed(args.seed)
     # One process loads the weights: DistributedDataParallel hands them to the others.
     weights = "none" if checkpoint or RANK > 0 else args.weights
     model = build_model(weights, num_classes).to(DEVICE, memory_format=torch.channels_last)
-    # Fused, it lets GradScaler skip a step on the GPU, with no word of the overflow to the CPU.
+    # Fused, it skips a step that overflows on the GPU, and the CPU need not wait for the word.
     optimizer = torch.optim.SGD(
         model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True
     )
@@ -505,10 +475,9 @@ def build_states(args, checkpoint: dict | None, num_classes: int, precision: tor
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.step_size, gamma=0.1)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=precision == torch.float16)
     states = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    if checkpoint:
-        for name, component in states.items():
-            if checkpoint[name]:  # The scaler of a run without float16 has no state.
-                component.load_state_dict(checkpoint[name])
+    for name, component in states.items():
+        if checkpoint.get(name):  # The scaler of a run without float16 has no state.
+            component.load_state_dict(checkpoint[name])
     return states
 
 
@@ -520,10 +489,10 @@ def train_one_epoch(forward, batches, batch_sizes, autocast, optimizer, scaler) 
 
     Under torchrun they are this process's part of batches of `batch_sizes` photos. Returns mean
     loss and accuracy (0…1) over all processes, train photos per second, and the share (0…1) of the
-    time that this process waited for photos: on CUDA an upper bound, since the CPU runs ahead.
+    time that was spent waiting for photos: on CUDA an upper bound, since the CPU runs ahead.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=DEVICE)
-    loss_sum, correct = sums  # They are views of `sums`: adding to them adds to it.
+    loss_sum, correct = sums  # Views: adding to them adds to `sums`.
     waited = 0.0
     start = time.perf_counter()
     step_end = start
@@ -546,7 +515,7 @@ def train_one_epoch(forward, batches, batch_sizes, autocast, optimizer, scaler) 
     if WORLD_SIZE > 1:
         dist.all_reduce(sums)
     num_photos = sum(batch_sizes)
-    train_loss, train_accuracy = (sums / num_photos).tolist()  # Here the CPU waits for the GPU.
+    train_loss, train_accuracy = (sums / num_photos).tolist()  # This waits for the GPU.
     seconds = time.perf_counter() - start
     return {
         "train_loss": train_loss,
@@ -577,7 +546,7 @@ def evaluate(forward, batches, autocast) -> dict:
 # ---------------------------------------------------------------- a run, from flags to files
 
 
-def check_lowest(parser: argparse.ArgumentParser, args: argparse.Namespace):
+def check_lowest(parser: argparse.ArgumentParser, args):
     """End with a line and status 2 where a flag's value is below LOWEST, or no number."""
     for name, lowest in LOWEST.items():
         value = getattr(args, name, None)
@@ -585,36 +554,32 @@ def check_lowest(parser: argparse.ArgumentParser, args: argparse.Namespace):
             parser.error(f"argument --{name.replace('_', '-')}: {value} is less than {lowest}")
 
 
-def parse_args(argv: list[str] | None, settings: dict | None = None) -> argparse.Namespace:
-    """The flags; the defaults are those of `settings`, of a run to resume.
-
-    What follows from the machine and was left out is None, so that a run may go on elsewhere.
-    """
+def parse_args(argv, settings: dict | None = None) -> argparse.Namespace:
+    """The flags, with `settings` as defaults; None (workers, compile, …) is decided at a start."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    on_or_off = argparse.BooleanOptionalAction
     # fmt: off
-    add("--dataset", default=DEFAULT_DATASET, help="Hub data set or local folder (%(default)s)")
-    add("--weights", default="IMAGENET1K_V2", help="torchvision's name, file or none (%(default)s)")
-    add("--resolution", type=int, default=224, help="side of the crops in pixels (%(default)s)")
-    add("--batch-size", type=int, default=128, help="photos in a step, over all GPUs (%(default)s)")
+    add("--dataset", default=DEFAULT_DATASET, help="Hub data set or folder (%(default)s)")
+    add("--weights", default="IMAGENET1K_V2", help="of torchvision, a file or none (%(default)s)")
+    add("--resolution", type=int, default=224, help="pixels of a crop's side (%(default)s)")
+    add("--batch-size", type=int, default=128, help="photos in a step of all GPUs (%(default)s)")
     add("--epochs", type=int, default=90, help="passes over the train split (%(default)s)")
-    add("--lr", type=float, help="learning rate of the first epochs (0.1 × batch size / 128)")
-    add("--momentum", type=float, default=0.9, help="of SGD (%(default)s)")
-    add("--weight-decay", type=float, default=1e-4, help="of SGD (%(default)s)")
-    add("--step-size", type=int, default=30, help="epochs until lr is divided by 10 (%(default)s)")
-    add("--seed", type=int, default=0, help="of the new fc, the order and crops (%(default)s)")
-    add("--workers", type=int, help="decoding processes for each GPU (its cores, at most 16)")
+    add("--lr", type=float, help="first learning rate (0.1 × batch size / 128)")
+    add("--momentum", type=float, default=0.9, help="SGD's momentum (%(default)s)")
+    add("--weight-decay", type=float, default=1e-4, help="SGD's decay (%(default)s)")
+    add("--step-size", type=int, default=30, help="epochs until lr is a tenth (%(default)s)")
+    add("--seed", type=int, default=0, help="random seed (%(default)s)")
+    add("--workers", type=int, help="decoding processes per GPU (its share of cores, at most 16)")
     add("--output-dir", type=Path, default=".", help="for what the run writes (%(default)s)")
-    add("--amp", action=on_or_off, default=True, help="mixed precision (on)")
+    add("--amp", action=argparse.BooleanOptionalAction, default=True, help="mixed precision (on)")
     add("--amp-dtype", choices=["float16", "bfloat16"],
-        help="its type (float16 on CUDA, bfloat16 on a CPU that has it, else no mixed precision)")
-    add("--compile", action=on_or_off, help="torch.compile (on for CUDA)")
+        help="mixed precision's type (float16; on CPUs bfloat16 if they have it)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (on for CUDA)")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true",
-        help="go on after the last saved epoch, with the run's flags; begin where there is no run")
-    add("--overwrite", action="store_true", help="replace the run that the output folder holds")
+        help="go on after the last saved epoch, or begin where there is no run")
+    add("--overwrite", action="store_true", help="replace the run there once an epoch is done")
     # fmt: on
     parser.set_defaults(**(settings or {}))
     args = parser.parse_args(argv)
@@ -632,7 +597,7 @@ def atomic_write(path: Path, write: Callable):
 
     Raises InputError where it cannot be written; `path` is then as it was.
     """
-    contents = io.BytesIO()  # Writing to a file, torch.save hides why a full disk has failed.
+    contents = io.BytesIO()  # torch.save to a file hides why it fails.
     write(contents)
     draft = path.with_name(f".partial-{os.getpid()}-{path.name}")
     try:
@@ -650,32 +615,30 @@ def make_output_dir(folder: Path):
         tempfile.TemporaryFile(dir=folder).close()
 
 
-def open_run(args: argparse.Namespace, argv: list[str] | None) -> tuple:
-    """The flags and, where they resume the run in the output folder, its checkpoint; else None.
+def open_run(args: argparse.Namespace, argv) -> tuple:
+    """The flags, and the checkpoint of the run that they resume: empty for a new one.
 
     Raises InputError where the folder cannot be written, or holds a run that is to stay.
     """
     folder = args.output_dir
     make_output_dir(folder)
     existing = [name for name in RUN_FILES if (folder / name).exists()]
-    if args.resume and not existing:
-        say(f"no run in {folder}: starting one")
     if existing and not (args.resume or args.overwrite):
-        choice = "go on with --resume, replace it with --overwrite, or choose another --output-dir"
-        raise InputError(f"{folder} holds a run already ({', '.join(existing)}): {choice}")
-    for draft in folder.glob(".partial-*"):  # of a run that was killed
-        draft.unlink()
+        choice = "choose --resume, --overwrite, or another --output-dir"
+        raise InputError(f"{folder} already holds {', '.join(existing)}: {choice}")
+    for draft in folder.glob(".partial-*"):  # A killed run left it.
+        draft.unlink(missing_ok=True)
     if args.overwrite or not existing:
-        return args, None
+        return args, {}
     checkpoint = read_checkpoint(folder / "last_checkpoint.pth")
     settings = checkpoint["settings"]
     args = parse_args(argv, settings)
-    for name in FIXED_SETTINGS:
+    for name, of_run in settings.items():
         now = getattr(args, name)
-        if now != settings[name]:
+        if now != of_run and name not in FREE_SETTINGS:
             flag = f"--{name.replace('_', '-')} {now}"
-            raise InputError(f"{flag}: the run to resume in {folder} has {settings[name]}")
-    # A kill may have come after last_checkpoint.pth and before the files that follow from it.
+            raise InputError(f"{flag}: the run to resume in {folder} has {of_run}")
+    # A kill may have come before what follows from last_checkpoint.pth was written: all is again.
     write_run(checkpoint, folder)
     return args, checkpoint
 
@@ -686,61 +649,21 @@ def copy_to_cpu(state: object) -> object:
         return state.to("cpu", copy=True)
     if isinstance(state, dict):
         return {name: copy_to_cpu(value) for name, value in state.items()}
-    if isinstance(state, list):
-        return [copy_to_cpu(value) for value in state]
     return state
 
 
 def write_run(run: dict, folder: Path):
-    """Write last_checkpoint.pth, which holds the whole run, and then what follows from it."""
+    """Write last_checkpoint.pth and what follows from it, and then print the last epoch."""
     history = run["history"]
-    # Contiguous as torchvision's, for whoever loads it without this program.
-    model = {name: value.contiguous() for name, value in run["model"].items()}
-    run = {**run, "model": model}
     atomic_write(folder / "last_checkpoint.pth", functools.partial(torch.save, run))
-    best = max(history, key=lambda row: row["test_accuracy"])  # The first, if there are several.
+    best = max(history, key=lambda row: row["test_accuracy"])
     if best["epoch"] == run["epoch"]:
-        names = ("model", "classes", "resolution", "epoch", "settings")
+        names = ("model", "classes", "resolution", "epoch", "test_accuracy", "settings")
         best_model = {name: run[name] for name in names}
-        best_model["test_accuracy"] = best["test_accuracy"]
         atomic_write(folder / "best_model.pth", functools.partial(torch.save, best_model))
-    table = functools.partial(pandas.DataFrame(history).to_csv, index=False)
-    atomic_write(folder / "history.csv", table)
-    figure = plot_history(history)
-    atomic_write(folder / "training_curves.png", functools.partial(figure.savefig, format="png"))
-
-
-def plot_history(history: list[dict]) -> Figure:
-    """Loss and accuracy (0…1) of both splits by epoch."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")  # inches
-    epochs = [row["epoch"] for row in history]
-    for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for split in ("train", "test"):
-            values = [row[f"{split}_{quantity}"] for row in history]
-            axes.plot(epochs, values, marker=".", label=split)
-        axes.set(xlabel="epoch", ylabel=quantity)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.axes[0].set_yscale("log")  # The first test loss may be a hundred times the others.
-    return figure
-
-
-def finish_epoch(run: dict, folder: Path, epochs: range):
-    """Write the run, and then print the line of its last epoch: what is printed is saved."""
-    write_run(run, folder)
-    row = run["history"][-1]
-    line = (
-        f"epoch {row['epoch']}/{epochs[-1]}  lr {row['lr']:.3g}  "
-        f"train loss {row['train_loss']:.4f} acc {row['train_accuracy']:.2%}  "
-        f"test loss {row['test_loss']:.4f} acc {row['test_accuracy']:.2%}  "
-        f"{row['seconds']:.1f} s  {row['photos_per_second']:.1f} photos/s  "
-        f"{row['input_wait']:.0%} waiting for photos"
-    )
-    # The first epoch after a start says little about the others: its steps were compiled.
-    if row["epoch"] > epochs[0]:
-        minutes_left = (epochs[-1] - row["epoch"]) * row["seconds"] / 60
-        line += f"  {minutes_left:.1f} min left"
-    say(line)
+    table = pandas.DataFrame(history)
+    atomic_write(folder / "history.csv", functools.partial(table.to_csv, index=False))
+    say("  ".join(f"{name} {value:.5g}" for name, value in history[-1].items()))
 
 
 # ---------------------------------------------------------------- processes
@@ -748,24 +671,24 @@ def finish_epoch(run: dict, folder: Path, epochs: range):
 
 def run_command(main: Callable[[], None]):
     """Call `main`; what a user can put right ends the command with one line and status 1."""
-    # A console that lacks "×" shows "?". A pipe gets each line at once: Ctrl-C leaves no time.
+    # A console without "×" shows "?". A pipe gets each line at once, as Ctrl-C flushes nothing.
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
     message = ""
     try:
         main()
     except InputError as error:
         message = str(error)
-        if "Original Traceback" in message:  # A worker's, which ends with "NameOfType: message".
+        if "Original Traceback" in message:  # A worker's ends with the message.
             message = message.splitlines()[-1].partition(": ")[2]
     except torch.OutOfMemoryError:
-        message = "the GPU's memory is full: choose a smaller --batch-size or --resolution"
+        message = "the GPU's memory is full: use a smaller --batch-size or --resolution"
     except RuntimeError as error:
-        # A worker's bus error, or "unable to write to file </torch_…>: No space left on device".
+        # Workers say so, or "unable to write to file </torch_…>: No space left on device".
         if not re.search("Bus error|</torch_.*No space left", str(error)):
             raise
-        message = "/dev/shm is too small: start the container with --shm-size, or use --workers 0"
-    finally:
-        # Here main is over, and what held DistributedDataParallel, which may not outlive the group.
+        message = "/dev/shm is too small: use docker's --shm-size, or --workers 0"
+    else:
+        # After an error, NCCL would wait here for processes that wait for this one.
         if dist.is_initialized():
             dist.destroy_process_group()
     if message:
@@ -785,113 +708,92 @@ def start_process():
             say(f"warning   no GPU can be used, and a CPU takes days: {error}")
     if decode_image is None:
         why = " ".join(str(TORCHCODEC_ERROR).split())[:200]
-        say(f"warning   torchcodec has to come from the same index as torch: {why}")
-        say("          Pillow decodes the photos, which takes about twice as long")
+        say(f"warning   Pillow decodes, slowly; get torchcodec from the same index as torch: {why}")
     if WORLD_SIZE > 1:
         dist.init_process_group(dist.get_default_backend_for_device(DEVICE))
 
 
-def train(args: argparse.Namespace, checkpoint: dict | None):
+def train(args: argparse.Namespace, checkpoint: dict):
     """Train from the start, or from `checkpoint` on, and save the run after every epoch."""
-    history = checkpoint["history"] if checkpoint else []
+    history = checkpoint.get("history", [])
     epochs = range(len(history) + 1, args.epochs + 1)
     precision = pick_precision(args.amp, args.amp_dtype)
+    autocast = autocast_to(precision)
     workers = DEFAULT_WORKERS if args.workers is None else args.workers
     compiled = DEVICE.type == "cuda" if args.compile is None else args.compile
-    device_name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
-    device = f"{WORLD_SIZE} × {device_name}, {precision}"
-    say(f"device    {device}, {workers} workers, {'compiled' if compiled else 'not compiled'}")
-    of_this_start = ("output_dir", "resume", "overwrite")
-    settings = {name: value for name, value in vars(args).items() if name not in of_this_start}
-    say("settings  " + " ".join(f"{name}={value}" for name, value in settings.items()))
+    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
+    say(f"device    {WORLD_SIZE} × {device}, {precision}, {workers=}, {compiled=}")
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    say(f"settings  {settings}")
 
-    cars = load_cars(args.dataset, classes=checkpoint["classes"] if checkpoint else None)
+    cars = load_cars(args.dataset, classes=checkpoint.get("classes"))
     classes = cars["train"].features["label"].names
     num_photos = {split: len(cars[split]) for split in cars}
+    say(f"data      {num_photos} photos, {len(classes)} classes")
     if checkpoint and checkpoint["num_photos"] != num_photos:
-        raise InputError(f"the run began with {checkpoint['num_photos']} photos, not {num_photos}")
+        raise InputError(f"--dataset: the run began with {checkpoint['num_photos']} photos")
     batch_sizes = train_batch_sizes(num_photos["train"], args.batch_size)
     local_batch_size = args.batch_size // WORLD_SIZE
     own_test_batches = test_batches(num_photos["test"], local_batch_size)
-    counts = f"{num_photos['train']} train and {num_photos['test']} test photos"
-    say(f"data      {counts}, {len(classes)} classes")
+    photos = CarPhotos(cars, {"train": random_crop, "test": center_crop}, args.resolution)
+    keys = all_batches(num_photos["train"], batch_sizes, own_test_batches, epochs, args.seed)
+    batches = iter(make_loader(photos, keys, workers))  # The workers start here.
 
     states = build_states(args, checkpoint, len(classes), precision)
     model, optimizer, scheduler, scaler = states.values()
-    network = model
-    if WORLD_SIZE > 1:
-        network = DistributedDataParallel(model)
-    train_forward = network
+    train_forward = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
     test_forward = model
     if compiled:
-        train_forward = compile_full_batches(network, local_batch_size)
+        train_forward = compile_full_batches(train_forward, local_batch_size)
         test_forward = compile_full_batches(model, local_batch_size)
         say("compiling takes a minute or two of the first epoch")
-    autocast = autocast_to(precision)
-
-    photos = CarPhotos(cars, {"train": random_crop, "test": center_crop}, args.resolution)
-    keys = all_batches(num_photos["train"], batch_sizes, own_test_batches, epochs, args.seed)
-    batches = iter(make_loader(photos, keys, workers))
-    if args.overwrite and RANK == 0:
-        # Now that nothing else can be refused; later, --resume would go on with the old run.
-        for name in RUN_FILES:
-            (args.output_dir / name).unlink(missing_ok=True)
-    done = f"{len(history)} of {args.epochs} epochs are done"
-    say(f"{done}; Ctrl-C loses no epoch that is printed: --resume goes on after it")
+    say(f"{len(history)} of {args.epochs} epochs are done; go on after a stop with --resume")
     pending_write = None
-    with ThreadPoolExecutor(max_workers=1) as writer:  # Its end waits for what is being written.
+    with ThreadPoolExecutor(max_workers=1) as writer:
         for epoch in epochs:
             epoch_start = time.perf_counter()
             model.train()
-            train_batches = next_batches(batches, len(batch_sizes), "train")
+            steps = next_batches(batches, len(batch_sizes), "train")
             trained = train_one_epoch(
-                train_forward, train_batches, batch_sizes, autocast, optimizer, scaler
+                train_forward, steps, batch_sizes, autocast, optimizer, scaler
             )
             model.eval()
             if WORLD_SIZE > 1:
                 # As in each step, the first process's batch norm statistics become everybody's.
                 for buffer in model.buffers():
                     dist.broadcast(buffer, 0)
-            tested_batches = next_batches(batches, len(own_test_batches), "test")
-            tested = evaluate(test_forward, tested_batches, autocast)
-            # A train loss that is not finite does no harm: GradScaler skips a step that overflows.
+            steps = next_batches(batches, len(own_test_batches), "test")
+            tested = evaluate(test_forward, steps, autocast)
+            # The train loss may be infinite: GradScaler skips a step that overflows in float16.
             if not math.isfinite(tested["test_loss"]):
-                again = "begin again with a smaller --lr and --overwrite"
-                raise InputError(f"the test loss is not finite in epoch {epoch}: {again}")
-            lr = scheduler.get_last_lr()[0]
-            scheduler.step()
-            row = {"epoch": epoch, "lr": lr, **trained, **tested}
+                raise InputError(f"epoch {epoch}: no finite test loss; start anew at a lower --lr")
+            row = {"epoch": epoch, "lr": scheduler.get_last_lr()[0], **trained, **tested}
             history.append({**row, "seconds": time.perf_counter() - epoch_start})
+            scheduler.step()
             if RANK == 0:
                 if pending_write:
-                    pending_write.result()  # Waits for the epoch before; raises what stopped it.
+                    pending_write.result()  # It raises what stopped it.
                 run = {name: component.state_dict() for name, component in states.items()}
                 run.update(settings=settings, classes=classes, num_photos=num_photos)
-                run.update(resolution=args.resolution, epoch=epoch, history=history)
-                # Copied here, where the GPU has nothing else to do: a thread writes it while the
-                # next epoch changes the states.
-                run = copy_to_cpu(run)
-                pending_write = writer.submit(finish_epoch, run, args.output_dir, epochs)
+                run.update(resolution=args.resolution, epoch=epoch, history=list(history), **tested)
+                # A thread writes this copy while the next epoch changes the states.
+                pending_write = writer.submit(write_run, copy_to_cpu(run), args.output_dir)
         if pending_write:
             pending_write.result()
     best = max(history, key=lambda row: row["test_accuracy"])
     minutes = sum(row["seconds"] for row in history) / 60
-    say(f"last epoch's test accuracy {history[-1]['test_accuracy']:.2%}; {minutes:.1f} min in all")
+    say(f"{minutes:.1f} min; last test accuracy {history[-1]['test_accuracy']:.2%}")
     say(f"best {best['test_accuracy']:.2%}, in epoch {best['epoch']}: chosen on the test split")
 
 
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
     start_process()
-    checkpoint = None
-    if RANK == 0:
-        args, checkpoint = open_run(args, argv)
+    opened = [open_run(args, argv) if RANK == 0 else None]
     if WORLD_SIZE > 1:
         # All take the flags and the run of the first process, so that they cannot differ.
-        opened = [args, checkpoint]
         dist.broadcast_object_list(opened)
-        args, checkpoint = opened
-    train(args, checkpoint)
+    train(*opened[0])
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from small import small_resnet
 
 import train
 
-FILES = ["best_model.pth", "history.csv", "last_checkpoint.pth", "training_curves.png"]
+FILES = ["best_model.pth", "history.csv", "last_checkpoint.pth"]
 
 
 @pytest.fixture
@@ -31,18 +31,15 @@ def old(finished, tmp_path) -> Path:
     return shutil.copytree(finished, tmp_path / "old")
 
 
-def test_a_run_writes_plain_state_dicts_a_history_and_curves(finished):
+def test_a_run_writes_plain_state_dicts_and_a_history(finished):
     assert sorted(path.name for path in finished.iterdir()) == FILES
     best = load(finished / "best_model.pth")
     assert set(best) == {"model", "classes", "resolution", "epoch", "test_accuracy", "settings"}
     small_resnet(num_classes=8).load_state_dict(best["model"], strict=True)
-    for value in best["model"].values():
-        assert value.is_contiguous()
-        assert value.dtype in (torch.float32, torch.int64)
+    assert {value.dtype for value in best["model"].values()} == {torch.float32, torch.int64}
     history = read_history(finished)
     assert [row["lr"] for row in history] == pytest.approx([0.01, 0.001])
     assert 0 <= history[0]["input_wait"] <= 1
-    assert (finished / "training_curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_best_epoch_is_kept_and_named_beside_the_last(run_train, tmp_path, monkeypatch):
@@ -52,7 +49,7 @@ def test_the_best_epoch_is_kept_and_named_beside_the_last(run_train, tmp_path, m
     out = success(run_train("--output-dir", tmp_path, "--epochs", 4))
     best = load(tmp_path / "best_model.pth")
     assert (best["epoch"], best["test_accuracy"]) == (2, 0.75)
-    assert "last epoch's test accuracy 75.00%" in out
+    assert "; last test accuracy 75.00%" in out
     assert "best 75.00%, in epoch 2: chosen on the test split" in out
 
 
@@ -94,7 +91,7 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(run_train, cars, tmp_p
     here = shutil.copytree(cars, tmp_path / "here")
     monkeypatch.chdir(tmp_path)
     out = success(run_train(*flags, "--epochs", 1, "--workers", 1, "--dataset", "here"))
-    assert f"no run in {tmp_path / 'resumed'}: starting one\n" in out
+    assert "\n0 of 1 epochs are done" in out
     assert load(tmp_path / "resumed/best_model.pth")["settings"]["dataset"] == str(here)
     here.rename(tmp_path / "there")
     success(run_train(*flags, "--epochs", 3, "--workers", 2, "--dataset", "./there/"))
@@ -105,10 +102,12 @@ def test_resume_takes_the_runs_settings_and_mends_what_a_kill_left_behind(old, c
     last = load(old / "last_checkpoint.pth")
     last["history"][-1]["test_accuracy"] = 1.0
     torch.save(last, old / "last_checkpoint.pth")
-    for name in ("best_model.pth", "history.csv", "training_curves.png"):
+    for name in ("best_model.pth", "history.csv"):
         (old / name).rename(old / f".partial-1-{name}")
     train.main(["--resume", "--output-dir", str(old)])
-    assert " resolution=33 batch_size=8 epochs=2 " in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert " 'resolution': 33, 'batch_size': 8, 'epochs': 2," in out
+    assert "\nepoch 2  lr 0.001  train_loss " in f"\n{out}"
     assert load(old / "best_model.pth")["epoch"] == 2
     assert sorted(path.name for path in old.iterdir()) == FILES
 
@@ -123,7 +122,7 @@ def test_resume_refuses_other_settings_and_other_photos(run_train, old, tmp_path
     assert read_folder(old) == before
     draw_cars(tmp_path / "cars", train_per_class=3, test_per_class=1, width=80)
     err = refusal(run_train(*flags, "--dataset", tmp_path / "cars"))
-    assert "the run began with {'train': 16, 'test': 8} photos, not {'train': 24" in err
+    assert "the run began with {'train': 16, 'test': 8} photos" in err
 
 
 def assert_whole(folder: Path, out: str):
@@ -132,14 +131,14 @@ def assert_whole(folder: Path, out: str):
         train.read_checkpoint(path)
     rows = read_history(folder) if (folder / "history.csv").exists() else []
     assert [row["epoch"] for row in rows] == list(range(1, len(rows) + 1))
-    printed = [int(epoch) for epoch in re.findall(r"^epoch (\d+)/", out, re.MULTILINE)]
+    printed = [int(epoch) for epoch in re.findall(r"^epoch (\d+) ", out, re.MULTILINE)]
     assert max(printed, default=0) <= len(rows)
 
 
 # The writes at which a run is killed: it writes last_checkpoint.pth and moves it into place, and
-# does the same with best_model.pth, history.csv and the curves.
-QUICK = (3, [1, 4, 11])
-SLOW = (24, [random.Random(seed).randint(1, 16) for seed in range(16)])
+# does the same with best_model.pth and history.csv.
+QUICK = (3, [1, 4, 9])
+SLOW = (24, [random.Random(seed).randint(1, 12) for seed in range(16)])
 
 
 @pytest.mark.parametrize("epochs, writes", [QUICK, pytest.param(*SLOW, marks=pytest.mark.slow)])
@@ -163,7 +162,7 @@ def long_run(fork, cars, tmp_path):
     """Start a run with a worker that would take hours, and wait for its second epoch."""
     flags = ["--dataset", cars, *SMALL, "--epochs", 100_000, "--output-dir", tmp_path / "run"]
     process = fork("train.py", *flags, "--workers", 1)
-    process.wait_for("epoch 2/100000")
+    process.wait_for("epoch 2 ")
     return process
 
 
@@ -222,7 +221,7 @@ def test_a_worker_that_hands_nothing_over_ends_the_run(run_train, tmp_path, monk
 def test_a_run_that_was_stopped_for_longer_than_the_timeout_goes_on(fork, cars, tmp_path):
     flags = ["--dataset", cars, *SMALL, "--epochs", 2, "--workers", 1, "--output-dir", tmp_path]
     process = fork("tests/spy.py", *flags, SPY_TIMEOUT=2)
-    process.wait_for("epoch 1/2")
+    process.wait_for("epoch 1 ")
     subprocess.run(["pkill", "-STOP", "-P", str(process.pid)])
     time.sleep(1)  # The run waits for its worker now.
     os.killpg(process.pid, signal.SIGSTOP)
