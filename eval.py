@@ -376,7 +376,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     batch_size = 64 if torch.cuda.is_available() else 16
     # fmt: off
-    add("--checkpoint", type=Path, default="best_model.pth", help="(%(default)s)")
+    add("--checkpoint", type=Path, default="best_model.pth", help="weights (%(default)s)")
     add("--dataset", help="Hub name or folder (the checkpoint's)")
     add("--resolution", type=int, help="in pixels (the checkpoint's)")
     add("--batch-size", type=int, default=batch_size, help="photos at once (%(default)s)")

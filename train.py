@@ -91,7 +91,7 @@ class InputError(Exception):
 
 @contextlib.contextmanager
 def reported_as(message: str):
-    """Turn an error (of no full GPU) into an InputError: `message`, and what the error says."""
+    """Turn errors, but not OutOfMemoryError, into an InputError: `message`, and what they say."""
     try:
         yield
     except (InputError, torch.OutOfMemoryError):
@@ -265,10 +265,7 @@ def random_crop(photo: torch.Tensor, resolution: int) -> torch.Tensor:
 
 
 def center_crop(photo: torch.Tensor, resolution: int, side_for_224: int = 256) -> torch.Tensor:
-    """Test crop of (3, H, W) uint8: contiguous (R, R, 3) uint8.
-
-    The shorter side is resized to int(R · side_for_224 / 224): at 224 px to the recipe's 256.
-    """
+    """Centre crop of (3, H, W) uint8: contiguous (R, R, 3) uint8. The recipe's side is 256."""
     shorter_side = int(resolution * side_for_224 / 224)
     resized = v2.functional.resize(photo, [shorter_side], antialias=True)
     return v2.functional.center_crop(resized, [resolution]).movedim(0, -1).contiguous()
@@ -294,6 +291,7 @@ class CarPhotos(torch.utils.data.Dataset):
         return list(zip(crops, photos["label"], strict=True))
 
     def load_crop(self, key: tuple, image: dict | None) -> torch.Tensor:
+        """The crop of a still encoded photo: {"bytes": …, "path": …}, of which one may be None."""
         split, row, seed = key
         if image is None or image == {"bytes": None, "path": None}:
             raise InputError(f"the {split} photo in row {row} is missing")
@@ -638,7 +636,7 @@ def open_run(args: argparse.Namespace, argv) -> tuple:
         if now != of_run and name not in FREE_SETTINGS:
             flag = f"--{name.replace('_', '-')} {now}"
             raise InputError(f"{flag}: the run to resume in {folder} has {of_run}")
-    # A kill may have come before what follows from last_checkpoint.pth was written: all is again.
+    # A kill may have come between last_checkpoint.pth and the others: all are written again.
     write_run(checkpoint, folder)
     return args, checkpoint
 
@@ -658,8 +656,9 @@ def write_run(run: dict, folder: Path):
     atomic_write(folder / "last_checkpoint.pth", functools.partial(torch.save, run))
     best = max(history, key=lambda row: row["test_accuracy"])
     if best["epoch"] == run["epoch"]:
-        names = ("model", "classes", "resolution", "epoch", "test_accuracy", "settings")
+        names = ("model", "classes", "resolution", "epoch", "settings")
         best_model = {name: run[name] for name in names}
+        best_model["test_accuracy"] = best["test_accuracy"]
         atomic_write(folder / "best_model.pth", functools.partial(torch.save, best_model))
     table = pandas.DataFrame(history)
     atomic_write(folder / "history.csv", functools.partial(table.to_csv, index=False))
@@ -678,12 +677,12 @@ def run_command(main: Callable[[], None]):
         main()
     except InputError as error:
         message = str(error)
-        if "Original Traceback" in message:  # A worker's ends with the message.
+        if "Original Traceback" in message:  # A worker's error ends with it.
             message = message.splitlines()[-1].partition(": ")[2]
     except torch.OutOfMemoryError:
         message = "the GPU's memory is full: use a smaller --batch-size or --resolution"
     except RuntimeError as error:
-        # Workers say so, or "unable to write to file </torch_…>: No space left on device".
+        # A worker dies of a bus error, or says "unable to write to file </torch_…>: No space left".
         if not re.search("Bus error|</torch_.*No space left", str(error)):
             raise
         message = "/dev/shm is too small: use docker's --shm-size, or --workers 0"
@@ -775,7 +774,7 @@ def train(args: argparse.Namespace, checkpoint: dict):
                     pending_write.result()  # It raises what stopped it.
                 run = {name: component.state_dict() for name, component in states.items()}
                 run.update(settings=settings, classes=classes, num_photos=num_photos)
-                run.update(resolution=args.resolution, epoch=epoch, history=list(history), **tested)
+                run.update(resolution=args.resolution, epoch=epoch, history=list(history))
                 # A thread writes this copy while the next epoch changes the states.
                 pending_write = writer.submit(write_run, copy_to_cpu(run), args.output_dir)
         if pending_write:
