@@ -1,38 +1,28 @@
-"""Evaluate a checkpoint of train.py: accuracies, kinds of errors, six-view TTA, GradCAM.
+"""Evaluate a checkpoint of train.py: accuracy, kinds of errors, six-view TTA and GradCAM.
 
-    python eval.py                              # best_model.pth on the test split it was chosen on
-    python eval.py --tta --num-gradcam 32       # also the average of six views; more GradCAM photos
-    python eval.py --images car.jpg holidays    # the five likeliest classes of your own photos
+    python eval.py                              # best_model.pth on the test split
+    python eval.py --tta --num-gradcam 32       # also average six views; draw more GradCAM maps
+    python eval.py --images car.jpg holidays    # classify photos and folders of your own
 
-TTA averages the logits of three scales, each as it is and mirrored. The reference reports 91.78 %
-at 448 px, with TTA 91.93 %, and at 224 px 89.38 % and 90.32 %; this code has not been measured.
+TTA (test-time augmentation) averages the logits of three scales, each as it is and mirrored. The
+reference reports 91.78% at 448 px (91.93% with TTA) and 89.38% at 224 px (90.32% with TTA). These
+figures have not been measured with this code yet.
 """
 
 import argparse
 import functools
 import json
 import math
-import os
 import re
-import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-import train
-
-# pytorch_grad_cam imports pyplot, and a notebook may set a backend that is not installed here.
-os.environ["MPLBACKEND"] = "agg"
-
 import datasets
+import matplotlib
 import numpy as np
-import pandas
 import torch
 import torch.nn.functional as F
-from matplotlib import colormaps, rcParams
 from matplotlib.figure import Figure
 from pandas import DataFrame
 from pytorch_grad_cam import GradCAM
@@ -40,439 +30,641 @@ from pytorch_grad_cam.utils.image import show_cam_on_image
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from scipy.stats import binomtest
 from sklearn.metrics import ConfusionMatrixDisplay, precision_recall_fscore_support
-from torchvision.models import resnet50
 
-# Without a byte order mark, Excel garbles what is not ASCII.
-AS_CSV = {"index": False, "encoding": "utf-8-sig"}
-AS_PNG = {"format": "png", "dpi": 100}
-rcParams["text.parse_math"] = False  # Two $ in a name are no formula.
-pandas.options.display.float_format = "{:.4f}".format
+import train
+
+# The shorter side, in pixels at 224 px, that a view is resized to. The first one is the view that
+# training evaluates; TTA adds the others.
+VIEW_SIDES = (256, 224, 288)
 MAKE_MODEL_YEAR = re.compile(r"\S+ .* (19|20)\d\d")
-# These are the printed names of the errors in metrics.json.
+# How the errors of metrics.json are called in the report.
 ERROR_KINDS = {
-    "errors.year_only": "wrong in the year alone",
-    "errors.same_make": "another model or body",
-    "errors.other_make": "another make",
+    "year_only": "wrong year, right model",
+    "same_make": "wrong model or body, right make",
+    "other_make": "wrong make",
 }
 
-# ---------------------------------------------------------------- model
-
-
-def load_model(checkpoint: dict) -> torch.nn.Module:
-    """The ResNet-50 of `checkpoint`, on the GPU if there is one."""
-    model = resnet50(num_classes=len(checkpoint["model"]["fc.bias"]))
-    model.load_state_dict(checkpoint["model"])
-    model.to(train.DEVICE, memory_format=torch.channels_last).eval()
-    # GradCAM needs gradients at the last block alone. The rest then keeps no activations for them.
-    model.requires_grad_(False)
-    model.layer4[-1].requires_grad_(True)
-    return model
-
-
-def crop_views(photo: torch.Tensor, resolution: int, tta: bool) -> torch.Tensor:
-    """Centre crops of a (3, H, W) uint8 photo: (1 or 3, R, R, 3) uint8.
-
-    The first is the view that training is tested on (shorter side int(R·256/224)); with `tta`,
-    one of shorter side R and one of int(R·288/224) follow.
-    """
-    sides = (256, 224, 288) if tta else (256,)
-    return torch.stack([train.center_crop(photo, resolution, side) for side in sides])
-
-
-def views_of(cars, args) -> train.CarPhotos:
-    """The photos `cars` as a split "test", whose items are views and labels."""
-    crop = functools.partial(crop_views, tta=args.tta)
-    return train.CarPhotos({"test": cars}, {"test": crop}, args.resolution)
-
-
-@torch.no_grad()
-def predict(model, photos: train.CarPhotos, args, autocast) -> torch.Tensor:
-    """Finite logits of all views, with TTA also mirrored: (V, N, classes) float32 on the CPU."""
-    key_batches = train.test_batches(len(photos.cars["test"]), args.batch_size)
-    batches = iter(train.make_loader(photos, key_batches, args.workers))
-    logits = []
-    for views, _ in train.next_batches(batches, len(key_batches), "photos"):
-        crops = list(views.to(train.DEVICE, non_blocking=True).unbind(1))
-        if args.tta:
-            crops += [crop.flip(-2) for crop in crops]
-        with autocast:
-            outputs = [model(train.move_and_normalize(crop)).float() for crop in crops]
-        logits.append(torch.stack(outputs).cpu())
-    logits = torch.cat(logits, dim=1)
-    if not logits.isfinite().all():
-        raise train.InputError("the logits are not finite: try --no-amp")
-    return logits
-
-
-def grad_cam(model, crop: torch.Tensor, target: int) -> np.ndarray:
-    """GradCAM at layer4[-1], in float32, of (R, R, 3) uint8 for a class: (R, R) float32 in 0…1."""
-    images = train.move_and_normalize(crop[None])
-    with GradCAM(model, [model.layer4[-1]]) as cam:
-        return cam(images, [ClassifierOutputTarget(target)])[0]
-
-
-# ---------------------------------------------------------------- numbers
-
-
-def proportion(right: torch.Tensor) -> dict:
-    """Share (0…1) of (N,) bool, with its 95 % Wilson score interval."""
-    correct = int(right.sum())
-    total = len(right)
-    interval = binomtest(correct, total).proportion_ci(0.95, "wilson")
-    return {
-        "accuracy": correct / total,
-        "correct": correct,
-        "total": total,
-        "low": float(interval.low),
-        "high": float(interval.high),
-    }
-
-
-def calibration_error(confidences, right) -> float:
-    """Expected calibration error (0…1; Guo et al., 2017) of (N,) confidences (0…1) and (N,) bool.
-
-    It is the mean gap between the accuracy and the mean confidence of a photo's bin, one of 15.
-    """
-    bins = (15 * confidences).ceil().long().clamp(1, 15) - 1
-    gaps = confidences.double() - right.double()
-    sums = torch.zeros(15, dtype=torch.float64).index_add(0, bins, gaps)
-    return sums.abs().sum().item() / len(gaps)
-
-
-def describe_classes(names: DataFrame, classes: list[str]) -> DataFrame:
-    """Each class's precision, recall, F1 (0…1) and photos, from columns true and predicted."""
-    scores = precision_recall_fscore_support(
-        names["true"], names["predicted"], labels=classes, zero_division=0
-    )
-    columns = ("class", "precision", "recall", "f1-score", "support")
-    return DataFrame(dict(zip(columns, (classes, *scores), strict=True)))
-
-
-def error_kinds(names: DataFrame) -> dict:
-    """How many errors are in the year alone, stay within the make (of one word), or leave it.
-
-    Also the accuracy (0…1) that is left if all but the year, or only the make, has to be right.
-    """
-    right = names["true"] == names["predicted"]
-    without_year = names.map(lambda name: name[:-5])
-    right_model = without_year["true"] == without_year["predicted"]
-    make = names.map(lambda name: name.split()[0])
-    right_make = make["true"] == make["predicted"]
-    return {
-        "year_only": int((right_model & ~right).sum()),
-        "same_make": int((right_make & ~right_model).sum()),
-        "other_make": int((~right_make).sum()),
-        "model_accuracy": float(right_model.mean()),
-        "make_accuracy": float(right_make.mean()),
-    }
-
-
-def compute_metrics(logits, labels, classes: list[str]) -> dict:
-    """All figures of (N, classes) float32 logits and (N,) int64 labels; shares are in 0…1."""
-    predicted = logits.argmax(1)
-    right = predicted == labels
-    in_top5 = logits.topk(min(5, len(classes))).indices == labels[:, None]
-    indices = DataFrame({"true": labels.numpy(), "predicted": predicted.numpy()})
-    names = indices.map(classes.__getitem__)
-    per_class = describe_classes(names, classes)
-    tested = per_class.query("support > 0")
-    pairs = names[~right.numpy()].value_counts().head(10).reset_index()
-    support = pairs["true"].map(names["true"].value_counts())
-    pairs["share"] = pairs["count"] / support.astype(float)
-    metrics = {
-        **proportion(right),
-        "top5": proportion(in_top5.any(1)),
-        "mean_class_accuracy": float(tested["recall"].mean()),
-        "loss": F.cross_entropy(logits.double(), labels).item(),
-        "calibration_error": calibration_error(logits.softmax(1).amax(1), right),
-        "per_class": per_class.to_dict("records"),
-        "confused_pairs": pairs.to_dict("records"),
-    }
-    if all(map(MAKE_MODEL_YEAR.fullmatch, classes)):
-        metrics["errors"] = error_kinds(names)
-    return metrics
-
-
-def compare_views(first_view, all_views, labels) -> dict:
-    """How many photos the six views mended and broke, and McNemar's exact p for that difference."""
-    before = first_view.argmax(1) == labels
-    after = all_views.argmax(1) == labels
-    mended = int((after & ~before).sum())
-    broken = int((before & ~after).sum())
-    # binomtest refuses 0 of 0, which chance explains.
-    p_value = binomtest(mended, mended + broken).pvalue if mended + broken else 1
-    return {"mended": mended, "broken": broken, "p_value": float(p_value)}
-
-
-def list_predictions(test, logits: dict[str, torch.Tensor]) -> DataFrame:
-    """Paths, true classes and, by (N, classes) `logits`, predicted ones and confidences (0…1)."""
-    classes = np.array(test.features["label"].names)
-    labels = np.array(test["label"])
-    rows = range(len(test))
-    # flatten() gives the columns image.bytes and image.path: no photo is read.
-    columns = {"row": rows, "file": test.flatten()["image.path"], "true": classes[labels]}
-    for prefix, of_photos in logits.items():
-        shares = of_photos.softmax(1).numpy()
-        columns[f"{prefix}predicted"] = classes[of_photos.argmax(1).numpy()]
-        columns[f"{prefix}confidence"] = shares.max(1)
-        columns[f"{prefix}true_confidence"] = shares[rows, labels]
-    return DataFrame(columns)
-
-
-def surest_errors(predictions, per_class) -> DataFrame:
-    """The error with the highest confidence of each of the five worst classes."""
-    errors = predictions[predictions["true"] != predictions["predicted"]]
-    recall = per_class.set_index("class")["recall"]
-    errors = errors.assign(recall=errors["true"].map(recall))
-    errors = errors.sort_values("confidence", ascending=False)
-    surest = errors.drop_duplicates("true")
-    return surest.sort_values("recall", kind="stable")[:5]
-
-
-# ---------------------------------------------------------------- what is printed and drawn
-
-
-def print_report(metrics: dict):
-    """Print the classes, the worst last, the most confused pairs, and the figures of all photos."""
-    tested = DataFrame(metrics["test"]["per_class"]).query("support > 0")
-    worst_last = tested.sort_values("recall", ascending=False, kind="stable")
-    print(f"\n{worst_last.to_string(index=False)}")
-    pairs = DataFrame(metrics["test"]["confused_pairs"])
-    if len(pairs):
-        print(f"\n{pairs.to_string(index=False)}")
-    columns = {"one view": metrics["test"]}
-    if "tta" in metrics:
-        columns["six views"] = metrics["tta"]
-    figures = pandas.json_normalize(list(columns.values())).set_axis(list(columns))
-    figures = figures.drop(columns=["per_class", "confused_pairs"])
-    figures = figures.rename(columns=ERROR_KINDS).astype(object)
-    print(f"\n{figures.T.to_string()}")
-    if "tta" in metrics:
-        change = "six views mended {mended} photos and broke {broken} (p = {p_value:.2g})"
-        print(change.format(**metrics["tta_change"]))
-    print(f"{metrics['run']['photos_per_second']:.1f} photos/s\n")
-
-
-def save(path: Path, write: Callable, **options):
-    """Write a file as train.py does, by `write(file, **options)`, and say so."""
-    train.atomic_write(path, functools.partial(write, **options))
-    print(f"wrote {path}")
-
-
-def plot_confusion(names: DataFrame, classes: list[str]) -> Figure:
-    """How the photos of each true class are predicted: shares (0…1), white where there are none."""
-    side = 0.16 * len(classes) + 6  # inches
-    figure = Figure(figsize=(side, side), layout="constrained")
-    axes = figure.subplots()
-    ConfusionMatrixDisplay.from_predictions(
-        names["true"],
-        names["predicted"],
-        labels=classes,
-        normalize="true",
-        include_values=False,
-        xticks_rotation="vertical",
-        cmap=colormaps["viridis_r"].with_extremes(under="white"),
-        im_kw={"vmin": 1e-9, "vmax": 1},
-        ax=axes,
-    )
-    axes.tick_params(labelsize=7)
-    return figure
-
-
-def plot_grad_cam(crops, titles, maps) -> Figure:
-    """Of each (R, R, 3) uint8 crop the title, the crop, and its (R, R) float32 map on the crop."""
-    columns = min(3, len(crops))
-    rows = math.ceil(len(crops) / 3)
-    figure = Figure(figsize=(4.4 * columns, 2.75 * rows), layout="constrained")  # inches
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in grid:
-        axes.axis("off")
-    for axes, crop, title, heat in zip(grid, crops, titles, maps, strict=False):
-        image = crop.numpy() / np.float32(255)
-        overlay = show_cam_on_image(image, heat, use_rgb=True, image_weight=0.6)
-        axes.imshow(np.concatenate([image, overlay / 255], axis=1))
-        axes.set_title(title, fontsize=7, loc="left")
-    return figure
-
-
-def draw_grad_cam(path: Path, photos, panels: DataFrame, model):
-    """Draw `panels`, with the columns row (of `photos`), title and target (a class)."""
-    if panels.empty:
-        path.unlink(missing_ok=True)  # It shows older photos.
-        return
-    # The map is of the first view. A test crop needs no seed, and so has 0.
-    keys = [("test", row, 0) for row in panels["row"]]
-    crops = [views[0] for views, _ in photos.__getitems__(keys)]
-    maps = map(functools.partial(grad_cam, model), crops, panels["target"])
-    save(path, plot_grad_cam(crops, panels["title"], maps).savefig, **AS_PNG)
-
-
-def panels_of(predictions: DataFrame, classes: list[str]) -> DataFrame:
-    """The panels of a GradCAM figure, which explain the predicted classes."""
-    titles = []
-    for line in predictions.itertuples():
-        verdict = "right" if line.true == line.predicted else "WRONG"
-        names = f"true: {line.true}\npredicted: {line.predicted}"
-        titles.append(f"{names}\n{verdict}, confidence {line.confidence:.2%}")
-    targets = predictions["predicted"].map(classes.index)
-    return predictions.assign(title=titles, target=targets)
-
-
-# ---------------------------------------------------------------- somebody's own photos
-
-
-def find_images(names: list[str]) -> tuple[list[str], list[str]]:
-    """The photos that --images names, a folder standing for those in it, and what is wrong."""
-    readable = []
-    problems = []
-    for name in map(Path, names):
-        photos = []
-        if name.is_dir():
-            photos, others = train.find_photos(name)
-            print(f"{name}: {len(photos)} photos, {others} other files or links")
-        for path in photos or [name]:
-            try:
-                if not path.is_file():  # Reading a pipe would never end.
-                    raise ValueError("no file, no folder of photos")
-                train.decode_photo(path.read_bytes())
-                readable.append(str(path))
-            except Exception as error:
-                problems.append(f"{path} ({error})")
-    return readable, problems
-
-
-def classify_images(args, paths: list[str], model, classes, autocast):
-    """Print and write the five likeliest classes of each photo, and draw GradCAM maps."""
-    images = [{"bytes": None, "path": path} for path in paths]
-    # No label is known, or used.
-    own = datasets.Dataset.from_dict({"image": images, "label": [0] * len(paths)})
-    photos = views_of(own, args)
-    logits = predict(model, photos, args, autocast).mean(0)
-    top5 = logits.softmax(1).topk(min(5, logits.shape[1]))
-    confidences = top5.values.numpy()
-    likeliest = np.array(classes, str)[top5.indices.numpy()]
-    table = DataFrame({"path": paths})
-    for place in range(likeliest.shape[1]):
-        table[f"class_{place + 1}"] = likeliest[:, place]
-        table[f"confidence_{place + 1}"] = confidences[:, place]
-    for row, path in enumerate(paths):
-        print(f"\n{path}")
-        for confidence, name in zip(confidences[row], likeliest[row], strict=True):
-            print(f"{confidence:>9.2%}  {name}")
-    save(args.output_dir / "images.csv", table.to_csv, **AS_CSV)
-    panels = table[: args.num_gradcam].reset_index(names="row")
-    panels["title"] = panels["path"].str[-60:] + "\n" + panels["class_1"]
-    panels["target"] = top5.indices[: len(panels), 0].numpy()
-    draw_grad_cam(args.output_dir / "gradcam_images.png", photos, panels, model)
-    print(f"GradCAM of {len(panels)} of {len(paths)} photos (--num-gradcam)")
-
-
-# ---------------------------------------------------------------- command line
+# ---------------------------------------------------------------- flags
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    batch_size = 64 if torch.cuda.is_available() else 16
     # fmt: off
-    add("--checkpoint", type=Path, default="best_model.pth", help="weights (%(default)s)")
-    add("--dataset", help="Hub name or folder (the checkpoint's)")
-    add("--resolution", type=int, help="in pixels (the checkpoint's)")
-    add("--batch-size", type=int, default=batch_size, help="photos at once (%(default)s)")
-    add("--tta", action="store_true", help="also average six views")
-    add("--num-gradcam", type=int, default=16, help="GradCAM photos, 0 to 100 (%(default)s)")
-    add("--seed", type=int, default=42, help="draws the photos (%(default)s)")
-    add("--workers", type=int, default=train.DEFAULT_WORKERS, help="decoders (%(default)s)")
-    add("--output-dir", type=Path, default=".", help="for all files (%(default)s)")
-    add("--amp", action=argparse.BooleanOptionalAction, help="mixed precision (as trained)")
-    add("--images", nargs="+", metavar="PATH",
-        help="photos and folders, not the test split")
+    add("--checkpoint", type=train.path_type, default=Path("best_model.pth"),
+        help="checkpoint of train.py, or another ResNet-50 (default: %(default)s)")
+    add("--dataset", type=train.dataset_type,
+        help="name of a Hub dataset, or path of a folder (default: the run's)")
+    add("--split", default="test",
+        help="split to evaluate, such as val (default: %(default)s)")
+    add("--images", nargs="+", type=train.path_type, metavar="PATH",
+        help="classify these photos, and those in these folders, instead of a split")
+    add("--tta", action="store_true",
+        help="also average the logits of six views")
+    add("--num-gradcam", type=train.number(int, 0, 100), default=16,
+        help="photos to draw GradCAM maps of; 0 draws none and deletes older GradCAM pictures "
+        "(default: %(default)s)")
+    add("--seed", type=train.number(int, 0, 2**32 - 1), default=42,
+        help="seed that picks the photos for GradCAM (default: %(default)s)")
+    add("--resolution", type=train.number(int, 32),
+        help="side of the crops in pixels (default: the run's, else 224)")
+    add("--batch-size", type=train.number(int, 1), default=64 if torch.cuda.is_available() else 16,
+        help="photos per batch (default: %(default)s)")
+    add("--workers", type=train.number(int, 0), default=train.DEFAULT_WORKERS,
+        help="processes that load photos (default: %(default)s)")
+    add("--amp", action=argparse.BooleanOptionalAction,
+        help="use mixed precision (default: as in the run)")
+    add("--output-dir", type=train.path_type, default=Path("."),
+        help="folder for all files (default: the current folder)")
     # fmt: on
-    args = parser.parse_args(argv)
-    train.check_lowest(parser, args)
-    if args.num_gradcam > 100:
-        parser.error("--num-gradcam: at most 100")
-    return args
+    return parser.parse_args(argv)
 
 
-def load_test_split(args, checkpoint: dict, num_outputs: int):
-    """The test split, its labels in the order of the checkpoint's classes."""
-    test = train.load_cars(args.dataset, ("test",), checkpoint.get("classes"))["test"]
-    num_classes = test.features["label"].num_classes
-    print(f"test        {args.dataset}: {len(test)} photos, {num_classes} classes")
-    if num_classes != num_outputs:
-        raise train.InputError(f"the checkpoint has {num_outputs} classes: name its --dataset")
-    if "classes" not in checkpoint:
-        print("warning     the checkpoint names no classes: assumed in the data set's order")
-    return test
+# ---------------------------------------------------------------- network and predictions
 
 
-def evaluate_test_split(args, test, model, autocast, run: dict):
-    """Print the report on the test split, and write its figures, tables and pictures."""
-    classes = test.features["label"].names
-    labels = torch.tensor(test["label"][:])
-    photos = views_of(test, args)
+def load_network(checkpoint: dict) -> torch.nn.Module:
+    """Return the network of `checkpoint` on DEVICE, in evaluation mode.
+
+    Only the layer of GradCAM needs gradients, so those before it keep no activations.
+    """
+    num_classes = len(checkpoint["model"][f"{train.NETWORK.head}.bias"])
+    network = train.build_network("none", num_classes)
+    network.load_state_dict(checkpoint["model"])
+    network.to(train.DEVICE, memory_format=torch.channels_last).eval()
+    network.requires_grad_(False)
+    gradcam_layer(network).requires_grad_(True)
+    return network
+
+
+def gradcam_layer(network: torch.nn.Module) -> torch.nn.Module:
+    return network.get_submodule(train.NETWORK.gradcam_layer)
+
+
+def crop_views(photo: torch.Tensor, resolution: int, tta: bool) -> torch.Tensor:
+    """Return center crops of a (3, H, W) uint8 photo: (1, R, R, 3) uint8, with TTA (3, R, R, 3)."""
+    sides = VIEW_SIDES if tta else VIEW_SIDES[:1]
+    return torch.stack([train.center_crop(photo, resolution, side) for side in sides])
+
+
+def views_of(photos: datasets.Dataset, args: argparse.Namespace) -> train.CroppedPhotos:
+    """Return a dataset whose items are views and label of the photos."""
+    crop = functools.partial(crop_views, tta=args.tta)
+    return train.CroppedPhotos({args.split: photos}, {args.split: crop}, args.resolution)
+
+
+class OwnPhotos(train.CroppedPhotos):
+    """Views of photos without labels, for --images.
+
+    In place of a label, an item has the reason why its photo cannot be decoded, or "".
+    """
+
+    def __getitems__(self, keys: list[tuple[str, int, int]]) -> list[tuple[torch.Tensor, str]]:
+        items = []
+        for key in keys:
+            try:
+                [(views, _)] = super().__getitems__([key])
+                items.append((views, ""))
+            except train.InputError as error:
+                black = torch.zeros(3, self.resolution, self.resolution, dtype=torch.uint8)
+                items.append((self.crops[key[0]](black, self.resolution), str(error)))
+        return items
+
+
+@torch.no_grad()
+def predict(network, photos: train.CroppedPhotos, args, autocast) -> Iterator[tuple]:
+    """Yield for each batch its views, their logits, and the second parts of the items.
+
+    Views are (B, 1, R, R, 3) uint8, with TTA (B, 3, R, R, 3). Logits are (1, B, classes) float32 on
+    the CPU, with TTA (6, B, classes): the three views, then the same mirrored. Raises InputError if
+    logits are not finite.
+    """
+    [(split, rows)] = photos.splits.items()
+    keys = train.evaluation_keys(split, len(rows), args.batch_size)
+    with train.open_loader(photos, keys, args.workers) as batches:
+        for views, labels in train.take_batches(batches, len(keys), split, "photos"):
+            crops = list(views.to(train.DEVICE, non_blocking=True).unbind(1))
+            if args.tta:
+                crops += [crop.flip(-2) for crop in crops]
+            with autocast:
+                logits = [network(train.move_and_normalize(crop)).float() for crop in crops]
+            logits = torch.stack(logits).cpu()
+            if not logits.isfinite().all():
+                raise train.InputError("the logits contain NaN or Inf: try --no-amp")
+            yield views, logits, labels
+
+
+def grad_cam(network: torch.nn.Module, crop: torch.Tensor, target: int) -> np.ndarray:
+    """Return the GradCAM map of (R, R, 3) uint8 for a class: (R, R) float32 in 0…1."""
+    images = train.move_and_normalize(crop[None])
+    with GradCAM(network, [gradcam_layer(network)]) as cam:
+        return cam(images, [ClassifierOutputTarget(target)])[0]
+
+
+# ---------------------------------------------------------------- metrics
+
+
+def proportion(correct: torch.Tensor) -> dict:
+    """Return the share (0…1) of True in (N,) bool, with its 95% Wilson score interval."""
+    num_correct = int(correct.sum())
+    interval = binomtest(num_correct, len(correct)).proportion_ci(0.95, "wilson")
+    return {
+        "accuracy": num_correct / len(correct),
+        "correct": num_correct,
+        "total": len(correct),
+        "ci95_low": float(interval.low),
+        "ci95_high": float(interval.high),
+    }
+
+
+def calibration_error(confidences: torch.Tensor, correct: torch.Tensor) -> float:
+    """Return the expected calibration error (0…1; Guo et al., 2017) with 15 bins.
+
+    It is the difference between the mean confidence and the accuracy of the photos in a bin,
+    averaged over all photos. Confidences are (N,) float in 0…1; `correct` is (N,) bool.
+    """
+    bins = (15 * confidences).ceil().long().clamp(1, 15) - 1
+    gaps = confidences.double() - correct.double()
+    gap_sums = torch.zeros(15, dtype=torch.float64).index_add(0, bins, gaps)
+    return gap_sums.abs().sum().item() / len(gaps)
+
+
+def class_table(names: DataFrame, classes: list[str]) -> DataFrame:
+    """Return precision, recall, F1 (0…1) and the number of photos ("support") of each class.
+
+    `names` has the columns "true" and "predicted".
+    """
+    scores = precision_recall_fscore_support(
+        names["true"], names["predicted"], labels=classes, zero_division=0
+    )
+    columns = ("precision", "recall", "f1-score", "support")
+    return DataFrame({"class": classes, **dict(zip(columns, scores, strict=True))})
+
+
+def confused_pairs(names: DataFrame) -> DataFrame:
+    """Return the ten most frequent pairs of true and predicted class that differ.
+
+    "share" (0…1) is the share of the true class's photos.
+    """
+    errors = names[names["true"] != names["predicted"]]
+    pairs = errors.value_counts().head(10).reset_index()
+    support = pairs["true"].map(names["true"].value_counts())
+    pairs["share"] = pairs["count"] / support.astype(float)
+    return pairs
+
+
+def error_kinds(names: DataFrame) -> dict:
+    """Count the errors of names like "Audi TT Hatchback 2011" by what is wrong.
+
+    Also returns the accuracy (0…1) if the year may be wrong, and if only the make (the first word)
+    has to be right.
+    """
+    correct = names["true"] == names["predicted"]
+    models = names.map(lambda name: name.rpartition(" ")[0])  # without the year
+    correct_model = models["true"] == models["predicted"]
+    makes = names.map(lambda name: name.partition(" ")[0])
+    correct_make = makes["true"] == makes["predicted"]
+    return {
+        "year_only": int((correct_model & ~correct).sum()),
+        "same_make": int((correct_make & ~correct_model).sum()),
+        "other_make": int((~correct_make).sum()),
+        "model_accuracy": float(correct_model.mean()),
+        "make_accuracy": float(correct_make.mean()),
+    }
+
+
+def compute_metrics(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> dict:
+    """Return the figures of (N, classes) float32 logits and (N,) int64 labels; shares in 0…1."""
+    predicted = logits.argmax(1)
+    correct = predicted == labels
+    indices = DataFrame({"true": labels.numpy(), "predicted": predicted.numpy()})
+    names = indices.map(classes.__getitem__)
+    per_class = class_table(names, classes)
+    metrics = proportion(correct)
+    if len(classes) > 5:
+        in_top5 = (logits.topk(5).indices == labels[:, None]).any(1)
+        metrics["top5"] = proportion(in_top5)
+    metrics["mean_class_accuracy"] = float(per_class.query("support > 0")["recall"].mean())
+    metrics["loss"] = F.cross_entropy(logits.double(), labels).item()
+    metrics["calibration_error"] = calibration_error(logits.softmax(1).amax(1), correct)
+    metrics["per_class"] = per_class.to_dict("records")
+    metrics["confused_pairs"] = confused_pairs(names).to_dict("records")
+    if all(MAKE_MODEL_YEAR.fullmatch(name) for name in classes):
+        metrics["errors"] = error_kinds(names)
+    return metrics
+
+
+def compare_views(one_view: torch.Tensor, six_views: torch.Tensor, labels: torch.Tensor) -> dict:
+    """Return how many photos six views fixed and broke, and the exact p value of McNemar's test.
+
+    That is the probability of such a difference, or a larger one, if both were equally good. Both
+    logits are (N, classes).
+    """
+    before = one_view.argmax(1) == labels
+    after = six_views.argmax(1) == labels
+    fixed = int((after & ~before).sum())
+    broke = int((before & ~after).sum())
+    p_value = 1.0
+    if fixed + broke > 0:
+        p_value = float(binomtest(fixed, fixed + broke).pvalue)
+    return {"fixed": fixed, "broke": broke, "p_value": p_value}
+
+
+def list_predictions(
+    photos: datasets.Dataset, one_view: torch.Tensor, six_views: torch.Tensor | None
+) -> DataFrame:
+    """Return path, true and predicted class of each photo, with the confidences (0…1) in both.
+
+    The columns of `six_views` begin with "tta_". Both logits are (N, classes).
+    """
+    classes = np.array(photos.features["label"].names)
+    labels = np.array(photos["label"][:])
+    rows = np.arange(len(labels))
+    table = DataFrame({"row": rows, "file": train.photo_paths(photos), "true": classes[labels]})
+    for prefix, logits in (("", one_view), ("tta_", six_views)):
+        if logits is not None:
+            confidences = logits.softmax(1).numpy()
+            table[f"{prefix}predicted"] = classes[logits.argmax(1).numpy()]
+            table[f"{prefix}confidence"] = confidences.max(1)
+            table[f"{prefix}true_confidence"] = confidences[rows, labels]
+    return table
+
+
+def most_confident_errors(predictions: DataFrame, per_class: DataFrame) -> DataFrame:
+    """Return the most confident error of each of the five classes with the lowest recall."""
+    errors = predictions[predictions["true"] != predictions["predicted"]]
+    recall = per_class.set_index("class")["recall"]
+    errors = errors.assign(recall=errors["true"].map(recall))
+    errors = errors.sort_values("confidence", ascending=False).drop_duplicates("true")
+    return errors.sort_values("recall", kind="stable").head(5)
+
+
+# ---------------------------------------------------------------- report
+
+
+def print_classes(per_class: DataFrame):
+    """Print the worst and the best classes, or all of them if there are at most 20."""
+    tested = per_class.query("support > 0").sort_values("recall", kind="stable")
+    if len(tested) <= 20:
+        print_table("Classes, one view", tested)
+    else:
+        print_table("Ten worst classes, one view", tested.head(10))
+        print_table("Ten best classes, one view", tested.tail(10).iloc[::-1])
+
+
+def print_table(title: str, table: DataFrame):
+    """Print a table under its title: names left-aligned, shares in per cent."""
+    table = table.copy()
+    for name in table.columns:
+        if table[name].dtype.kind == "f":
+            table[name] = table[name].map("{:.1%}".format)
+        elif table[name].dtype.kind != "i":
+            width = table[name].str.len().max()
+            table[name] = table[name].str.ljust(width)
+            table = table.rename(columns={name: name.ljust(width)})
+    print(f"\n{title}\n{table.to_string(index=False)}")
+
+
+def summarize(metrics: dict) -> dict[str, str]:
+    """Return the names and texts of the figures that the summary shows."""
+    summary = {"accuracy": format_proportion(metrics)}
+    if "top5" in metrics:
+        summary["top-5 accuracy"] = format_proportion(metrics["top5"])
+    summary["mean class accuracy"] = f"{metrics['mean_class_accuracy']:.2%}"
+    summary["loss"] = f"{metrics['loss']:.4f}"
+    summary["calibration error"] = f"{metrics['calibration_error']:.2%}"
+    if "errors" in metrics:
+        errors = metrics["errors"]
+        for name, title in ERROR_KINDS.items():
+            summary[title] = str(errors[name])
+        summary["accuracy if the year may be wrong"] = f"{errors['model_accuracy']:.2%}"
+        summary["accuracy of the make"] = f"{errors['make_accuracy']:.2%}"
+    return summary
+
+
+def format_proportion(figures: dict) -> str:
+    """Return "91.78% (7380 of 8041, 95% CI 91.2–92.4)"."""
+    low, high = 100 * figures["ci95_low"], 100 * figures["ci95_high"]
+    counts = f"{figures['correct']} of {figures['total']}"
+    return f"{figures['accuracy']:.2%} ({counts}, 95% CI {low:.1f}–{high:.1f})"
+
+
+def print_report(metrics: dict, split: str):
+    """Print classes and confused pairs of one view, and the summary of one view and of six."""
+    print_classes(DataFrame(metrics[split]["per_class"]))
+    pairs = DataFrame(metrics[split]["confused_pairs"])
+    if len(pairs):
+        print_table("Most confused pairs, one view", pairs)
+    columns = {"one view": summarize(metrics[split])}
+    if "tta" in metrics:
+        columns["six views"] = summarize(metrics["tta"])
+    print(f"\n{'Summary':<36}" + "".join(f"{title:<46}" for title in columns).rstrip())
+    for name in columns["one view"]:
+        texts = "".join(f"{column[name]:<46}" for column in columns.values())
+        print(f"{name:<36}{texts}".rstrip())
+    if "tta" in metrics:
+        change = (
+            "six views fixed {fixed} photos and broke {broke} (McNemar's test: p = {p_value:.2g})"
+        )
+        print(change.format(**metrics["tta_change"]))
+    print(f"{metrics['run']['photos_per_second']:.1f} photos/s\n")
+
+
+def save(path: Path, write: Callable, **options):
+    """Write a file atomically with `write(file, **options)`, and print its path."""
+    train.atomic_write(path, functools.partial(write, **options))
+    print(f"wrote {path}")
+
+
+def save_table(path: Path, table: DataFrame):
+    # Without a byte order mark, Excel shows other letters than ASCII wrongly.
+    save(path, table.to_csv, index=False, encoding="utf-8-sig")
+
+
+def save_figure(path: Path, figure: Figure):
+    save(path, figure.savefig, format="png", dpi=100)
+
+
+# ---------------------------------------------------------------- pictures
+
+
+@matplotlib.rc_context({"text.parse_math": False})  # A name with two $ is not a formula.
+def plot_confusion(names: DataFrame, classes: list[str], title: str) -> Figure:
+    """Plot how the photos of each true class are predicted, as shares (0…1); 0 is white."""
+    side = 0.16 * len(classes) + 6.5  # inches
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    display = ConfusionMatrixDisplay.from_predictions(
+        names["true"],
+        names["predicted"],
+        labels=classes,
+        normalize="true",
+        include_values=len(classes) <= 20,
+        values_format=".2f",
+        xticks_rotation="vertical",
+        cmap=matplotlib.colormaps["viridis_r"].with_extremes(under="white"),
+        im_kw={"vmin": 1e-9, "vmax": 1},  # Only 0 is under vmin.
+        text_kw={"fontsize": 7},
+        colorbar=False,
+        ax=axes,
+    )
+    axes.set_title(title)
+    axes.tick_params(labelsize=7)
+    figure.colorbar(display.im_, ax=axes, label="share of the true class", shrink=0.8)
+    return figure
+
+
+@matplotlib.rc_context({"text.parse_math": False})
+def plot_grad_cam(crops: list, maps: list, panels: DataFrame) -> Figure:
+    """Plot each (R, R, 3) uint8 crop beside its (R, R) float32 map, four to a row.
+
+    `panels` has the columns "title" and "color".
+    """
+    columns = min(4, len(crops))
+    rows = math.ceil(len(crops) / 4)
+    figure = Figure(figsize=(4.4 * columns, 2.85 * rows + 0.4), layout="constrained")  # inches
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid:
+        axes.axis("off")
+    panels = panels.itertuples()
+    for axes, crop, heat, panel in zip(grid, crops, maps, panels, strict=False):
+        image = crop.numpy() / np.float32(255)
+        overlay = show_cam_on_image(image, heat, use_rgb=True, image_weight=0.6)
+        axes.imshow(np.concatenate([image, overlay / 255], axis=1))
+        axes.set_title(panel.title, fontsize=7, loc="left", color=panel.color)
+    resolution = len(crops[0])
+    cells = math.ceil(resolution / 32)
+    note = f"GradCAM of the predicted class: {cells} × {cells} cells, enlarged to {resolution} px"
+    figure.suptitle(note, fontsize=8, x=0.01, ha="left")
+    return figure
+
+
+def draw_grad_cam(path: Path, network: torch.nn.Module, crops: list, panels: DataFrame):
+    """Draw the maps of `crops` for the classes in the column "target" of `panels`."""
+    if not crops:
+        path.unlink(missing_ok=True)  # It shows the photos of an older evaluation.
+        return
+    targets = panels["target"]
+    maps = [grad_cam(network, crop, target) for crop, target in zip(crops, targets, strict=True)]
+    save_figure(path, plot_grad_cam(crops, maps, panels))
+
+
+def split_panels(predictions: DataFrame, classes: list[str]) -> DataFrame:
+    """Return `predictions` with the columns of GradCAM panels: title, color and target."""
+    titles = []
+    colors = []
+    for photo in predictions.itertuples():
+        is_correct = photo.true == photo.predicted
+        verdict = "correct" if is_correct else "WRONG"
+        names = f"true: {photo.true}\npredicted: {photo.predicted}"
+        titles.append(f"{names}\n{verdict}, confidence {photo.confidence:.1%}")
+        colors.append("black" if is_correct else "red")
+    targets = predictions["predicted"].map(classes.index)
+    return predictions.assign(title=titles, color=colors, target=targets)
+
+
+# ---------------------------------------------------------------- the evaluation of a split
+
+
+def load_evaluated_split(args: argparse.Namespace, checkpoint: dict) -> datasets.Dataset:
+    """Return the photos of --split, with labels that are indices into the checkpoint's classes.
+
+    Of a run with --val-split, "val" is what was held out. Raises InputError.
+    """
+    classes = checkpoint.get("classes")
+    with train.reported_as(f"cannot load --dataset {args.dataset}"):
+        held_out = checkpoint.get("settings", {}).get("val_split") if args.split == "val" else 0
+        sources = train.find_splits(args.dataset, ["train" if held_out else args.split])
+        if held_out and "val" not in sources:
+            train_split = train.load_split(sources, "train", classes)
+            return train.hold_out(train_split, held_out)["val"]
+        if args.split not in sources and "val" in sources:
+            raise ValueError(
+                f"it has no {args.split} split: evaluate its val split with --split val"
+            )
+        return train.load_split(sources, args.split, classes)
+
+
+def evaluate_split(args, photos: datasets.Dataset, network, autocast, run: dict):
+    """Print the report on a split, and write its figures, tables and pictures."""
+    classes = photos.features["label"].names
+    labels = torch.tensor(photos["label"][:])
+    views = views_of(photos, args)
     start = time.perf_counter()
-    view_logits = predict(model, photos, args, autocast)
-    run["photos_per_second"] = len(test) / (time.perf_counter() - start)
+    batches = predict(network, views, args, autocast)
+    logits = torch.cat([logits for _, logits, _ in batches], dim=1)
+    run["photos_per_second"] = len(photos) / (time.perf_counter() - start)
 
-    logits = {"": view_logits[0]}
-    metrics = {"run": run, "test": compute_metrics(logits[""], labels, classes)}
+    one_view = logits[0]
+    six_views = None
+    metrics = {"run": run, args.split: compute_metrics(one_view, labels, classes)}
     if args.tta:
-        logits["tta_"] = view_logits.mean(0)
-        metrics["tta"] = compute_metrics(logits["tta_"], labels, classes)
-        metrics["tta_change"] = compare_views(logits[""], logits["tta_"], labels)
+        six_views = logits.mean(0)
+        metrics["tta"] = compute_metrics(six_views, labels, classes)
+        metrics["tta_change"] = compare_views(one_view, six_views, labels)
+    per_class = DataFrame(metrics[args.split]["per_class"])
+    predictions = list_predictions(photos, one_view, six_views)
     folder = args.output_dir
     text = json.dumps(metrics, indent=2, ensure_ascii=False, default=str).encode()
     save(folder / "metrics.json", lambda file: file.write(text))
-    predictions = list_predictions(test, logits)
-    save(folder / "predictions.csv", predictions.to_csv, **AS_CSV)
-    per_class = DataFrame(metrics["test"]["per_class"])
-    save(folder / "classes.csv", per_class.to_csv, **AS_CSV)
-    print_report(metrics)
+    save_table(folder / "predictions.csv", predictions)
+    save_table(folder / "classes.csv", per_class)
+    print_report(metrics, args.split)
 
-    figure = plot_confusion(predictions, classes)
-    save(folder / "confusion_matrix.png", figure.savefig, **AS_PNG)
-    count = min(args.num_gradcam, len(test))
-    samples = panels_of(predictions.sample(count, random_state=args.seed), classes)
-    draw_grad_cam(folder / "gradcam_samples.png", photos, samples, model)
-    worst = surest_errors(predictions, per_class)
-    worst = panels_of(worst[: args.num_gradcam], classes)
-    draw_grad_cam(folder / "gradcam_worst.png", photos, worst, model)
+    title = f"{args.split} split, one view: accuracy {metrics[args.split]['accuracy']:.2%}"
+    save_figure(folder / "confusion_matrix.png", plot_confusion(predictions, classes, title))
+    count = min(args.num_gradcam, len(photos))
+    pictures = {
+        "gradcam_samples.png": predictions.sample(count, random_state=args.seed),
+        "gradcam_worst.png": most_confident_errors(predictions, per_class).head(count),
+    }
+    for name, shown in pictures.items():
+        keys = [(args.split, row, 0) for row in shown["row"]]
+        crops = [views[key][0][0] for key in keys]  # the first view
+        draw_grad_cam(folder / name, network, crops, split_panels(shown, classes))
+
+
+# ---------------------------------------------------------------- your own photos
+
+
+def find_images(paths: list[Path]) -> tuple[list[str], list[str]]:
+    """Return the photos that --images names, and what is wrong with the other paths.
+
+    A folder stands for the photos in it. Raises InputError for a folder that cannot be read.
+    """
+    photos = []
+    problems = []
+    for path in paths:
+        if path.is_dir():
+            with train.reported_as(f"cannot read --images {path}"):
+                found, left_out = train.find_photos(path)
+            counts = "".join(f", {count} {reason}" for reason, count in left_out.items())
+            print(f"{path}: {len(found)} photos{counts}")
+            photos.extend(str(photo) for photo in found)
+            if not found:
+                problems.append(f"{path} (a folder without photos)")
+        elif path.is_file():
+            photos.append(str(path))
+        else:
+            problems.append(f"{path} (not a file or folder)")
+    return photos, problems
+
+
+def classify_images(args, paths: list[str], network, classes: list[str], autocast) -> list[str]:
+    """Print and write the five most likely classes of each photo, and draw GradCAM maps.
+
+    Returns what is wrong with the photos that cannot be decoded.
+    """
+    images = [{"bytes": None, "path": path} for path in paths]
+    photos = datasets.Dataset.from_dict({"image": images, "label": [0] * len(paths)})
+    crop = functools.partial(crop_views, tta=args.tta)
+    own_photos = OwnPhotos({args.split: photos}, {args.split: crop}, args.resolution)
+    first_views = []
+    all_logits = []
+    reasons = []
+    for views, logits, batch_reasons in predict(network, own_photos, args, autocast):
+        for view, reason in zip(views[:, 0], batch_reasons, strict=True):
+            if len(first_views) < args.num_gradcam and not reason:
+                first_views.append(view)
+        all_logits.append(logits.mean(0))
+        reasons.extend(batch_reasons)
+    problems = [reason for reason in reasons if reason]
+    decoded = [row for row, reason in enumerate(reasons) if not reason]
+    if not decoded:
+        return problems
+
+    probabilities = torch.cat(all_logits)[decoded].softmax(1)
+    top = probabilities.topk(min(5, len(classes)))
+    table = DataFrame({"path": [paths[row] for row in decoded]})
+    for place in range(top.indices.shape[1]):
+        table[f"class_{place + 1}"] = [classes[index] for index in top.indices[:, place]]
+        table[f"confidence_{place + 1}"] = top.values[:, place].numpy()
+    for path, indices, values in zip(table["path"], top.indices, top.values, strict=True):
+        print(f"\n{path}")
+        for index, value in zip(indices, values, strict=True):
+            print(f"{value:>9.2%}  {classes[index]}")
+    print()
+    save_table(args.output_dir / "images.csv", table)
+
+    panels = table.head(len(first_views))
+    confidences = panels["confidence_1"].map("{:.1%}".format)
+    titles = panels["path"].str[-60:] + "\n" + panels["class_1"] + "\nconfidence " + confidences
+    targets = top.indices[: len(panels), 0].tolist()
+    panels = panels.assign(title=titles, color="black", target=targets)
+    draw_grad_cam(args.output_dir / "gradcam_images.png", network, first_views, panels)
+    print(f"GradCAM of {len(panels)} of {len(table)} photos (--num-gradcam)")
+    return problems
+
+
+# ---------------------------------------------------------------- main
+
+
+def checkpoint_line(path: Path, checkpoint: dict) -> str:
+    """Return what is printed of a checkpoint: its epoch, and how that was chosen."""
+    line = f"checkpoint  {path}"
+    if "epoch" in checkpoint:
+        line += f": epoch {checkpoint['epoch']}"
+    if "resolution" in checkpoint:
+        line += f", trained at {checkpoint['resolution']} px"
+    for split in ("test", "val"):
+        if f"{split}_accuracy" in checkpoint:
+            line += f", chosen on the {split} split ({checkpoint[f'{split}_accuracy']:.2%})"
+    return line
 
 
 def main(argv: list[str] | None = None):
+    """Evaluate as the flags `argv` say. Raises InputError for a mistake the user can fix."""
     args = parse_args(argv)
     if train.WORLD_SIZE > 1:
-        raise train.InputError("start eval.py without torchrun")
+        raise train.InputError("start eval.py without torchrun: it uses one GPU")
     train.make_output_dir(args.output_dir)
     checkpoint = train.read_checkpoint(args.checkpoint)
     settings = checkpoint.get("settings", {})
-    trained_at = checkpoint.get("resolution", "unknown")
-    args.resolution = args.resolution or checkpoint.get("resolution", 224)
-    args.dataset = args.dataset or settings.get("dataset", train.DEFAULT_DATASET)
-    epoch = checkpoint.get("epoch", "unknown")
-    print(f"checkpoint  {args.checkpoint}: epoch {epoch}, resolution {trained_at}")
-    train.start_process()
-    amp = settings.get("amp", True) if args.amp is None else args.amp
-    precision = train.pick_precision(amp, settings.get("amp_dtype"))
+    if args.resolution is None:
+        args.resolution = checkpoint.get("resolution", 224)
+    if args.dataset is None:
+        args.dataset = settings.get("dataset", train.DEFAULT_DATASET)
+    if args.amp is None:
+        args.amp = settings.get("amp", True)
+    print(checkpoint_line(args.checkpoint, checkpoint))
+    train.set_up_torch()
+    train.log_without_gpu("evaluating on the CPU")
+    precision = train.pick_precision(args.amp, settings.get("amp_dtype"))
     autocast = train.autocast_to(precision)
-    print(f"device      {train.DEVICE.type}, {precision}, {args.resolution} px")
-    with train.reported_as(f"cannot load the ResNet-50 of {args.checkpoint}"):
-        model = load_model(checkpoint)
-    if not args.images:
-        test = load_test_split(args, checkpoint, model.fc.out_features)
-        run = {"epoch": epoch, "device": train.DEVICE.type, "precision": str(precision)}
-        run.update(settings=vars(args), torch=torch.__version__)
-        evaluate_test_split(args, test, model, autocast, run)
+    print(f"device      {train.device_name()}, {train.precision_name(precision)}")
+    print(f"resolution  {args.resolution} px")
+    with train.reported_as(f"cannot load the network of {args.checkpoint}"):
+        network = load_network(checkpoint)
+    num_classes = len(checkpoint["model"][f"{train.NETWORK.head}.bias"])
+
+    if args.images:
+        paths, problems = find_images(args.images)
+        classes = checkpoint.get("classes", [f"class {index}" for index in range(num_classes)])
+        if paths:
+            problems += classify_images(args, paths, network, classes, autocast)
+        if problems:
+            raise train.InputError(f"not classified: {'; '.join(problems)}")
         return
-    paths, problems = find_images(args.images)
-    if paths:
-        classes = checkpoint.get("classes", range(model.fc.out_features))
-        classify_images(args, paths, model, classes, autocast)
-    if problems:
-        raise train.InputError(f"--images cannot be read: {'; '.join(problems)}")
+
+    photos = load_evaluated_split(args, checkpoint)
+    count = photos.features["label"].num_classes
+    print(f"data        {args.dataset}: {len(photos)} {args.split} photos, {count} classes")
+    if count != num_classes:
+        raise train.InputError(f"the checkpoint has {num_classes} classes: name its --dataset")
+    if "classes" not in checkpoint:
+        print("warning     the checkpoint names no classes: assumed to be in the dataset's order")
+    run = {
+        "checkpoint": str(args.checkpoint),
+        "epoch": checkpoint.get("epoch"),
+        "chosen_on": next((s for s in ("test", "val") if f"{s}_accuracy" in checkpoint), None),
+        "split": args.split,
+        "device": train.DEVICE.type,
+        "precision": str(precision),
+        "torch": torch.__version__,
+        "settings": vars(args),
+    }
+    evaluate_split(args, photos, network, autocast, run)
 
 
 if __name__ == "__main__":

@@ -1,38 +1,44 @@
 """Fine-tune an ImageNet-pretrained ResNet-50 on Stanford Cars: one stage of plain SGD.
 
-    python train.py --resolution 448 --batch-size 64    # 91.78 % test accuracy in 50.3 min
-    python train.py                                     # 224 px: 89.38 % in 18.9 min
-    python train.py --resume                            # go on after a stop
-    torchrun --nproc-per-node 4 train.py                # on four GPUs, each with its own batch norm
+    python train.py --resolution 448 --batch-size 64    # 91.78% test accuracy in 50.3 min
+    python train.py                                     # 224 px: 89.38% in 18.9 min
+    python train.py --resume                            # continue a run that was stopped
+    torchrun --nproc-per-node 4 train.py                # train on four GPUs
 
-The figures are reported by github.com/patr1ckzhu/transfer-learning-stanford-cars, for one RTX 5080;
-nobody has measured them with this code yet.
+The accuracies and times are those that github.com/patr1ckzhu/transfer-learning-stanford-cars
+reports for one RTX 5080. They have not been measured with this code yet.
+
+To change the recipe, change one of these: NETWORK, build_optimizer and learning_rate (the optimizer
+and its schedule), training_loss (label smoothing, mixup), random_crop (augmentation). eval.py
+imports this file and uses its data, network and checkpoint functions.
 """
 
 import argparse
 import contextlib
 import functools
 import glob
+import hashlib
+import importlib.metadata
 import io
-import itertools
+import json
 import math
 import os
-import pickle
+import platform
+import random
 import re
+import shlex
+import shutil
 import signal
 import sys
+import sysconfig
 import tempfile
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-    # Before the slow imports: Ctrl-C ends the process at once. Where it is ignored, it stays so.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-if os.path.expanduser("~") == "~":  # Caches would make a folder ~.
-    os.environ["HOME"] = tempfile.gettempdir()
+from types import SimpleNamespace
 
 import datasets
 import huggingface_hub
@@ -43,6 +49,7 @@ import PIL.ImageOps
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision.models import ResNet50_Weights, resnet50
@@ -52,19 +59,27 @@ from tqdm import tqdm
 try:
     from torchcodec.decoders import decode_image
 except Exception as error:
-    # Its libraries are linked against one build of torch, and cannot be loaded beside another.
+    # torchcodec's libraries only load beside the torch version that they were built for.
     decode_image = None
     TORCHCODEC_ERROR = error
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of red, green and blue in 0…1
-IMAGENET_STD = (0.229, 0.224, 0.225)
-PRETRAINED = ResNet50_Weights.__members__
+# The network to fine-tune. For another one of torchvision.models, change these four lines.
+NETWORK = SimpleNamespace(
+    build=resnet50,
+    weights=ResNet50_Weights.IMAGENET1K_V2,
+    head="fc",  # the last layer, replaced by a new one for the classes of the dataset
+    gradcam_layer="layer4.2",  # its output has the last feature maps, of R/32 x R/32 cells
+)
+
 DEFAULT_DATASET = "tanganke/stanford_cars"
 DATASET_REVISION = "9abf6cf7d6dfa7b95152a0d6e791ea9435b47a40"
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of red, green and blue in 0…1
+IMAGENET_STD = (0.229, 0.224, 0.225)
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".avif", ".heic", ".heif")
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF")
-DRAW_CROP = v2.RandomResizedCrop(size=224)  # The box does not depend on size.
-WORKER_TIMEOUT = 300  # seconds; next_batches waits twice
+OTHER_FILES = f"files that do not end in {' '.join(PHOTO_SUFFIXES)}"
+RANDOM_RESIZED_CROP = v2.RandomResizedCrop(size=224)  # Only its random box is used, not its size.
+SECONDS_BETWEEN_LINES = 60  # of progress, where no terminal shows a bar
 
 # torchrun sets these variables for each process that it starts.
 RANK = int(os.environ.get("RANK", 0))
@@ -75,527 +90,848 @@ DEVICE = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torc
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 DEFAULT_WORKERS = max(1, min(16, CORES // LOCAL_WORLD_SIZE))
 
-RUN_FILES = ("last_checkpoint.pth", "best_model.pth", "history.csv")
-# The first are not stored with a run. The others may change when it is resumed: the data set may
-# have moved, but its classes and numbers of photos are compared.
-NOT_SETTINGS = ("output_dir", "resume", "overwrite")
-FREE_SETTINGS = ("dataset", "epochs", "workers", "compile")
-# No flag of train.py or eval.py may be lower.
-LOWEST = dict(resolution=32, batch_size=1, epochs=1, step_size=1, lr=1e-9, momentum=0)
-LOWEST.update(weight_decay=0, seed=0, workers=0, num_gradcam=0)
+# The files of a run, in the order in which --overwrite removes them.
+RUN_FILES = (
+    "last_checkpoint.pth",
+    "best_model.pth",
+    "history.csv",
+    "training_curves.png",
+    "settings.json",
+)
+# Flags that say what to do with a run, and so are not stored with it.
+UNSTORED_FLAGS = ("output_dir", "resume", "overwrite")
+# Flags that may change when a run is resumed. The dataset may have moved: its classes and numbers
+# of photos are compared instead of its path.
+CHANGEABLE_FLAGS = ("dataset", "epochs", "workers", "compile")
 
 
 class InputError(Exception):
-    """What the user can put right: the command ends with this one line and exit status 1."""
+    """A mistake the user can fix. The scripts print its message as one line and exit with 1."""
 
 
 @contextlib.contextmanager
 def reported_as(message: str):
-    """Turn errors, but not OutOfMemoryError, into an InputError: `message`, and what they say."""
+    """Re-raise an error as an InputError that says `message` and the reason.
+
+    Errors that only a bug in this program raises keep their type and traceback.
+    """
     try:
         yield
     except (InputError, torch.OutOfMemoryError):
         raise
+    except (NameError, AttributeError, TypeError, IndexError, AssertionError):
+        raise
     except Exception as error:
-        said = [str(part) for part in (error, error.__cause__) if part]
-        reasons = dict.fromkeys(" ".join(text.split())[:400] for text in said)
-        raise InputError(f"{message}: {'; '.join(reasons) or type(error).__name__}") from error
+        reasons = [one_line(error)]
+        if error.__cause__ and one_line(error.__cause__) not in reasons:
+            reasons.append(one_line(error.__cause__))
+        raise InputError(f"{message}: {'; '.join(reasons)}") from error
 
 
-def say(text: str):
-    """Print `text`, above the progress bar, in the first process."""
+def one_line(error: BaseException) -> str:
+    """Return the message of an error without line breaks, and at most 400 characters of it."""
+    return re.sub(r"\s*\n\s*", " ", str(error).strip())[:400] or type(error).__name__
+
+
+def log(text: str):
+    """Print a line in the first process, above its progress bar."""
     if RANK == 0:
         tqdm.write(text)
 
 
-# ---------------------------------------------------------------- data
+# ---------------------------------------------------------------- flags
 
 
-def load_cars(dataset, splits=("train", "test"), classes=None) -> dict:
-    """Load `splits` of a Hub data set or of a local folder.
+def number(kind: type, lowest: float, highest: float = math.inf) -> Callable:
+    """Return an argparse type: an int or float (`kind`) from `lowest` to `highest`."""
 
-    The columns are `image`, still encoded, and `label`, an index into the names `classes`: those
-    of a checkpoint, or else of the first split. Raises InputError where a split cannot be had.
-    """
-    datasets.disable_progress_bars()
-    if RANK > 0 or not sys.stderr.isatty():
-        huggingface_hub.utils.disable_progress_bars()
-    cars = {}
-    for split in splits:
-        with reported_as(f"cannot load the {split} split of --dataset {dataset}"):
-            photos = load_split(dataset, split)
-            types = [type(photos.features.get(name)) for name in ("image", "label")]
-            if types != [datasets.Image, datasets.ClassLabel]:
-                raise ValueError(f"it needs image: Image, label: ClassLabel, not {photos.features}")
-            if len(photos) == 0:
-                raise ValueError("it has no photos (save_to_disk is not read: use to_parquet)")
-            classes = classes or photos.features["label"].names
-            photos = label_by_name(photos, classes)
-            cars[split] = photos.cast_column("image", datasets.Image(decode=False))
-    return cars
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if lowest <= value <= highest:
+            return value
+        noun = "an integer" if kind is int else "a number"
+        limit = "" if highest == math.inf else f" and at most {highest}"
+        raise argparse.ArgumentTypeError(f"{text} is not {noun} of at least {lowest}{limit}")
+
+    return parse
 
 
-def load_split(dataset: str, split: str) -> datasets.Dataset:
-    """The split with its own labels: SPLIT/CLASS/*.jpg or data/SPLIT-*.parquet, or from the Hub."""
-    folder = Path(dataset)
-    if not folder.is_dir():
-        # Several processes may ask at once: the Hub's own locks let one of them download.
-        with reported_as(f"--dataset {dataset} is no folder, and cannot be had from the Hub"):
-            if dataset != DEFAULT_DATASET:
-                return datasets.load_dataset(dataset, split=split)
-            # The repository also holds seven corrupted copies of the test split.
-            files = f"data/{split}-*"
-            folder = huggingface_hub.snapshot_download(
-                dataset, repo_type="dataset", revision=DATASET_REVISION, allow_patterns=files
-            )
-    folder = Path(folder).resolve()
-    if (folder / split).is_dir():
-        return read_class_folders(folder / split)
-    files = sorted((folder / "data").glob(f"{split}-*.parquet"))
-    if not files:
-        raise ValueError(f"it has neither {split}/CLASS/*.jpg nor data/{split}-*.parquet")
-    shards = re.search(r"-of-(\d+)", files[0].stem)
-    if shards and int(shards[1]) != len(files):
-        raise ValueError(f"it has {len(files)} of the {int(shards[1])} files of {files[0]}")
-    # Without an escape, datasets takes a name for a pattern.
-    return datasets.Dataset.from_parquet([glob.escape(str(file)) for file in files], split=split)
+def share_type(text: str) -> float:
+    value = number(float, 0)(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not less than 1")
+    return value
 
 
-def find_photos(folder: Path) -> tuple[list[Path], int]:
-    """The photos in and below `folder`, told by their suffix, and the number of other files.
-
-    What begins with . or @ is skipped, as Macs and network disks add it. Folders behind links are
-    not entered, but counted; of several links to a photo, one is taken.
-    """
-    photos = {}  # by their real paths
-    others = 0
-    os.scandir(folder).close()  # rglob skips a folder that it cannot read: this raises.
-    for path in sorted(folder.rglob("*")):
-        if any(part.startswith((".", "@")) for part in path.relative_to(folder).parts):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            os.scandir(path).close()
-        elif path.suffix.lower() in PHOTO_SUFFIXES:
-            photos.setdefault(path.resolve(), path)
-        else:
-            others += 1
-    return list(photos.values()), others
+def path_type(text: str) -> Path:
+    # The shell does not expand the ~ in --output-dir=~/run.
+    return Path(text).expanduser()
 
 
-def read_class_folders(folder: Path) -> datasets.Dataset:
-    """The photos of `folder`, each in or below the folder of its class."""
-    columns = {"image": [], "label": []}
-    classes = []
-    left_out = 0
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith((".", "@")):
-            continue
-        photos, others = find_photos(entry) if entry.is_dir() else ([], 1)
-        left_out += others
-        if photos:
-            columns["image"] += map(str, photos)
-            columns["label"] += [len(classes)] * len(photos)
-            classes.append(entry.name)
-    if left_out:
-        say(f"left out  {left_out} files or links in {folder}: photos end in {PHOTO_SUFFIXES}")
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=classes))
-    return datasets.Dataset.from_dict(columns, features=features)
+def weights_type(text: str) -> str:
+    return os.path.expanduser(text)
 
 
-def label_by_name(photos: datasets.Dataset, classes: list[str]):
-    """`photos` with labels that are indices into `classes`, where its own have the same names.
+def dataset_type(text: str) -> str:
+    # The path of a folder is stored with the run, and eval.py may be started in another folder.
+    folder = path_type(text)
+    return str(folder.resolve()) if folder.is_dir() else text
 
-    They may stand in another order: folders are sorted, and the Hub's are not. As no folder can be
-    named "Ram C/V", the characters / - _ are equal, unless two of `classes` differ in nothing else.
-    """
-    spell = functools.partial(re.sub, "[/_]", "-")
-    if len(set(map(spell, classes))) < len(classes):
-        spell = str
-    expected = [spell(name) for name in classes]
-    own = [spell(name) for name in photos.features["label"].names]
-    if sorted(own) != sorted(expected):
-        missing = sorted(set(expected) - set(own))[:3]
-        only_here = sorted(set(own) - set(expected))[:3]
-        counts = f"{len(own)} classes, and not the {len(expected)} of training"
-        raise ValueError(f"it has {counts}; only here: {only_here}, missing: {missing}")
-    for row, label in enumerate(photos["label"]):
-        if label not in range(len(own)):
-            raise ValueError(f"row {row} has label {label}, which is no class")
-    if own == expected:
-        return photos
-    labels = [expected.index(own[label]) for label in photos["label"]]
-    feature = datasets.ClassLabel(names=classes)
-    return photos.remove_columns("label").add_column("label", labels, feature=feature)
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser. A default of None means: choose when the run starts."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    yes_or_no = argparse.BooleanOptionalAction
+    # fmt: off
+    add = parser.add_argument_group("recipe").add_argument
+    add("--weights", type=weights_type, default=NETWORK.weights.name,
+        help="pretrained weights: a torchvision name, a file, or none (default: %(default)s)")
+    add("--resolution", type=number(int, 32), default=224,
+        help="side of the square crops, in pixels (default: %(default)s)")
+    add("--batch-size", type=number(int, 1), default=128,
+        help="photos in a step, over all GPUs (default: %(default)s)")
+    add("--epochs", type=number(int, 1), default=90,
+        help="passes over the train split (default: %(default)s)")
+    add("--lr", type=number(float, 1e-9),
+        help="initial learning rate (default: 0.1 at batch size 128, and proportional to it)")
+    add("--step-size", type=number(int, 1), default=30,
+        help="epochs after which the learning rate is divided by 10 (default: %(default)s)")
+    add("--momentum", type=number(float, 0), default=0.9,
+        help="momentum of SGD (default: %(default)s)")
+    add("--weight-decay", type=number(float, 0), default=1e-4,
+        help="weight decay of all parameters (default: %(default)s)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0,
+        help="seed of the new layer, of the order of the photos and of their crops "
+        "(default: %(default)s)")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", type=dataset_type, default=DEFAULT_DATASET,
+        help="name of a Hub dataset, or path of a folder (default: %(default)s)")
+    add("--val-split", type=share_type, default=0.0, metavar="SHARE",
+        help="share of each class to hold out of the train split, and to choose the best epoch on "
+        "instead of the test split (default: 0; a dataset's own val split is always used)")
+
+    add = parser.add_argument_group("hardware").add_argument
+    add("--workers", type=number(int, 0),
+        help=f"processes per GPU that load photos (default: {DEFAULT_WORKERS} on this machine)")
+    add("--amp", action=yes_or_no, default=True,
+        help="use mixed precision (default: yes)")
+    add("--amp-dtype", choices=["float16", "bfloat16"],
+        help="data type of mixed precision (default: float16; on CPUs bfloat16 if they have it, "
+        "else none)")
+    add("--compile", action=yes_or_no,
+        help="use torch.compile (default: yes on GPUs)")
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--output-dir", type=path_type, default=Path("."),
+        help="folder that the run writes to (default: the current folder)")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--resume", action="store_true",
+        help="continue the run in the output folder after its last saved epoch, or start one")
+    add("--overwrite", action="store_true",
+        help="delete the run in the output folder and start a new one")
+    # fmt: on
+    return parser
+
+
+def parse_args(argv: list[str] | None, settings: dict | None = None) -> argparse.Namespace:
+    """Parse the flags. Those left out have the values of `settings`, of the run to resume."""
+    parser = build_parser()
+    parser.set_defaults(**(settings or {}))
+    args = parser.parse_args(argv)
+    if args.lr is None:
+        args.lr = default_learning_rate(args.batch_size)
+    return args
+
+
+# ---------------------------------------------------------------- data: photos and crops
+
+
+def read_encoded(image: dict) -> bytes:
+    """Return the bytes of an image file: {"bytes": …, "path": …}, one of which may be None."""
+    if image["bytes"] is not None:
+        return image["bytes"]
+    return Path(image["path"]).read_bytes()
 
 
 def decode_photo(encoded: bytes) -> torch.Tensor:
-    """Decode an image file to upright RGB: (3, H, W) uint8, with the channels last in memory.
+    """Decode an image file to upright RGB: (3, H, W) uint8, channels last in memory.
 
-    Of an animation, it is the first frame. Raises ValueError for a photo more than 50 times as
-    long as wide, whose crop would fill the memory, and what the decoder raises for a damaged file.
+    Of an animation, this is the first frame. Raises ValueError for an aspect ratio over 50: such a
+    file is not a photo, and resizing its shorter side could fill the memory. Raises the decoder's
+    errors for a damaged file.
     """
     if decode_image:
-        photo = decode_image(encoded)  # It is RGB and upright by EXIF.
+        photo = decode_image(encoded)  # RGB, upright by its EXIF orientation
         if photo.ndim == 4:
             photo = photo[0]
     else:
         with PIL.Image.open(io.BytesIO(encoded), formats=PILLOW_FORMATS) as image:
-            if image.mode.startswith("I"):
-                raise ValueError("16-bit greys are read by torchcodec alone")
             upright = PIL.ImageOps.exif_transpose(image).convert("RGB")
         photo = torch.from_numpy(np.array(upright)).movedim(-1, 0)
     height, width = photo.shape[1:]
     if max(height, width) > 50 * min(height, width):
-        raise ValueError(f"{width} × {height} pixels are no photo")
+        raise ValueError(f"{width} x {height} pixels have an aspect ratio over 50")
     return photo
 
 
 def random_crop(photo: torch.Tensor, resolution: int) -> torch.Tensor:
-    """Train crop of (3, H, W) uint8: contiguous (R, R, 3) uint8, mirrored or not.
+    """Return a train crop of (3, H, W) uint8: contiguous (R, R, 3) uint8.
 
-    In draws and pixels it is torchvision's RandomResizedCrop and RandomHorizontalFlip.
+    Random numbers and pixels equal those of torchvision's RandomResizedCrop, RandomHorizontalFlip.
     """
-    place = DRAW_CROP.make_params([photo])
-    # resize is fast in the layout (H, W, 3), and keeps it.
-    cut_out = v2.functional.crop(photo, **place).movedim(0, -1).contiguous()
-    resized = v2.functional.resize(cut_out.movedim(-1, 0), [resolution] * 2, antialias=True)
+    box = RANDOM_RESIZED_CROP.make_params([photo])
+    # resize is fast for the memory layout (H, W, 3), and keeps it.
+    region = v2.functional.crop(photo, **box).movedim(0, -1).contiguous().movedim(-1, 0)
+    crop = v2.functional.resize(region, [resolution, resolution], antialias=True)
     if torch.rand(1) < 0.5:
-        resized = resized.flip(-1)
-    return resized.movedim(0, -1)
+        crop = crop.flip(-1)
+    return crop.movedim(0, -1)
 
 
-def center_crop(photo: torch.Tensor, resolution: int, side_for_224: int = 256) -> torch.Tensor:
-    """Centre crop of (3, H, W) uint8: contiguous (R, R, 3) uint8. The recipe's side is 256."""
-    shorter_side = int(resolution * side_for_224 / 224)
+def center_crop(photo: torch.Tensor, resolution: int, resize_at_224: int = 256) -> torch.Tensor:
+    """Return the center crop of (3, H, W) uint8: contiguous (R, R, 3) uint8.
+
+    The photo's shorter side is resized to int(R · resize_at_224 / 224) pixels first: 256 at 224 px
+    in the recipe. Six-view TTA (eval.py) also uses 224 and 288.
+    """
+    shorter_side = int(resolution * resize_at_224 / 224)
     resized = v2.functional.resize(photo, [shorter_side], antialias=True)
     return v2.functional.center_crop(resized, [resolution]).movedim(0, -1).contiguous()
 
 
-class CarPhotos(torch.utils.data.Dataset):
-    """The photos of all splits. An item, asked for by (split, row, seed), is a crop and its label.
+class CroppedPhotos(torch.utils.data.Dataset):
+    """Crops of the photos of several splits, looked up by the key (split, row, seed).
 
-    `crops[split]` turns (3, H, W) uint8 and R into (R, R, 3) uint8, or, for eval.py, into
-    (views, R, R, 3). What it draws at random follows from the seed in the key, whatever the number
-    of workers. Raises InputError, naming it, for a photo that cannot be decoded.
+    Args:
+        splits: datasets from load_split, by name.
+        crops: for each split, a function from a photo (3, H, W) uint8 and R to its crop
+            (R, R, 3) uint8, or to several of them. Its random numbers follow from the key's seed.
+        resolution: R, in pixels.
+
+    An item is a crop and its label. Raises InputError, which names the photo, for one that cannot
+    be decoded.
     """
 
-    def __init__(self, cars: dict, crops: dict[str, Callable], resolution: int):
-        self.cars = cars
+    def __init__(self, splits: dict, crops: dict[str, Callable], resolution: int):
+        self.splits = splits
         self.crops = crops
         self.resolution = resolution
 
-    def __getitems__(self, keys: list[tuple]) -> list[tuple]:
-        """The items of a batch of one split, whose rows are looked up at once."""
-        photos = self.cars[keys[0][0]][[row for _, row, _ in keys]]
-        crops = map(self.load_crop, keys, photos["image"])
-        return list(zip(crops, photos["label"], strict=True))
+    def __getitem__(self, key: tuple[str, int, int]) -> tuple[torch.Tensor, int]:
+        return self.__getitems__([key])[0]
 
-    def load_crop(self, key: tuple, image: dict | None) -> torch.Tensor:
-        """The crop of a still encoded photo: {"bytes": …, "path": …}, of which one may be None."""
+    def __getitems__(self, keys: list[tuple[str, int, int]]) -> list[tuple[torch.Tensor, int]]:
+        """Return the items of a batch, whose keys are of one split. DataLoader calls this."""
+        split = keys[0][0]
+        photos = self.splits[split][[row for _, row, _ in keys]]
+        items = []
+        for key, image, label in zip(keys, photos["image"], photos["label"], strict=True):
+            items.append((self.load_crop(key, image), label))
+        return items
+
+    def load_crop(self, key: tuple[str, int, int], image: dict | None) -> torch.Tensor:
+        """Decode and crop the photo `image`, as the dataset stores it, of `key`."""
         split, row, seed = key
         if image is None or image == {"bytes": None, "path": None}:
             raise InputError(f"the {split} photo in row {row} is missing")
         name = image["path"] or f"in row {row}"
         with reported_as(f"the {split} photo {name} cannot be decoded"):
-            photo = decode_photo(image["bytes"] or Path(image["path"]).read_bytes())
-        # torch.manual_seed would go through all kinds of devices, which takes 0.1 ms.
-        torch.default_generator.manual_seed(seed)
-        return self.crops[split](photo, self.resolution)
+            photo = decode_photo(read_encoded(image))
+        # With --workers 0, the random numbers of the training step go on as if there were no crop.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return self.crops[split](photo, self.resolution)
+
+
+# ---------------------------------------------------------------- data: batches
 
 
 def train_batch_sizes(num_photos: int, batch_size: int) -> list[int]:
-    """How many photos each batch of an epoch has, over all processes.
+    """Return the number of photos in each batch of an epoch, over all processes.
 
-    A last batch of less than an eighth of the others is left out: its batch norm statistics would
-    decide a whole step, just before the evaluation. Raises InputError for what cannot be shared.
+    A last batch of less than an eighth of the others is left out: a step with the batch norm
+    statistics of so few photos, just before the evaluation, does more harm than good. Raises
+    InputError for a batch size that the processes cannot share.
     """
     if batch_size % WORLD_SIZE or min(batch_size, num_photos) < 2 * WORLD_SIZE:
-        rule = f"a multiple of {WORLD_SIZE}, with two photos or more for each process"
-        raise InputError(f"--batch-size {batch_size} of {num_photos} photos has to be {rule}")
+        raise InputError(
+            f"--batch-size {batch_size} of {num_photos} photos has to be a multiple of "
+            f"{WORLD_SIZE}, with at least two photos for each process"
+        )
     sizes = [min(batch_size, num_photos - start) for start in range(0, num_photos, batch_size)]
     if sizes[-1] < max(sizes[0] / 8, 2 * WORLD_SIZE):
         sizes.pop()
     return sizes
 
 
-def test_batches(num_photos: int, batch_size: int) -> list[list]:
-    """The keys of each test batch of this process; no photo counts twice."""
-    keys = [("test", row, 0) for row in range(RANK, num_photos, WORLD_SIZE)]
+def train_keys(num_photos: int, batch_sizes: list[int], seed: int, epoch: int) -> Iterator[list]:
+    """Yield this process's share of the keys of each train batch of an epoch."""
+    rng = np.random.default_rng([seed, epoch])
+    rows = rng.permutation(num_photos).tolist()
+    crop_seeds = rng.integers(2**32, size=num_photos).tolist()
+    keys = [("train", row, crop_seed) for row, crop_seed in zip(rows, crop_seeds, strict=True)]
+    start = 0
+    for batch_size in batch_sizes:
+        yield keys[start : start + batch_size][RANK::WORLD_SIZE]
+        start += batch_size
+
+
+def evaluation_keys(split: str, num_photos: int, batch_size: int) -> list[list]:
+    """Return this process's share of the keys of `split`, in batches. No photo counts twice."""
+    keys = [(split, row, 0) for row in range(RANK, num_photos, WORLD_SIZE)]
     return [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
 
 
-def all_batches(num_train, batch_sizes, own_test_batches, epochs, seed) -> Iterator[list]:
-    """Yield the keys of the run's batches, as far as they fall to this process.
+def run_keys(
+    epochs: range, num_train: int, batch_sizes: list[int], seed: int, evaluation: list[list]
+) -> Iterator[list]:
+    """Yield the keys of this process's batches: for each epoch, train and then evaluation batches.
 
-    As one sampler serves all epochs, the workers load the next one during the evaluation.
+    All epochs come from one iterator, so that the workers load the next one during an evaluation.
     """
     for epoch in epochs:
-        rng = np.random.default_rng([seed, epoch])
-        rows = rng.permutation(num_train).tolist()
-        crop_seeds = rng.integers(2**32, size=num_train).tolist()
-        keys = zip(itertools.repeat("train"), rows, crop_seeds, strict=False)
-        for batch_size in batch_sizes:
-            yield list(itertools.islice(keys, batch_size))[RANK::WORLD_SIZE]
-        yield from own_test_batches
+        yield from train_keys(num_train, batch_sizes, seed, epoch)
+        yield from evaluation
 
 
-def make_loader(photos: CarPhotos, key_batches: Iterable, workers: int):
-    """Load batches of keys, once, as (B, R, R, 3) uint8 crops and (B,) int64 labels."""
-    return DataLoader(
+@contextlib.contextmanager
+def open_loader(photos: CroppedPhotos, key_batches: Iterable, workers: int):
+    """Start `workers` processes, and yield an iterator of (B, R, R, 3) uint8 crops and (B,) labels.
+
+    Leaving the context ends the workers: in a notebook, the traceback of an error or of an
+    interrupt would keep the iterator, and with it the workers, alive.
+    """
+    loader = DataLoader(
         photos,
         batch_sampler=key_batches,
         num_workers=workers,
         pin_memory=DEVICE.type == "cuda",
-        timeout=WORKER_TIMEOUT if workers else 0,
+        # Python 3.14's default, forkserver, would import torch once more in each worker.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        worker_init_fn=ignore_interrupts,
     )
+    batches = iter(loader)
+    try:
+        yield batches
+    finally:
+        if workers:
+            batches._shutdown_workers()
 
 
-def next_batches(batches: Iterator, count: int, title: str) -> Iterator:
-    """Yield the next `count` of `batches`, with a progress bar in a terminal."""
-    for _ in tqdm(range(count), title, leave=False, disable=RANK > 0 or not sys.stderr.isatty()):
-        try:
-            yield next(batches)
-        except RuntimeError as error:
-            if "timed out" not in str(error):
-                raise
-            # A stop of the whole run, as by Ctrl-Z, counts as waiting, so that it tries once more.
-            yield next(batches)
+def ignore_interrupts(worker: int):
+    """Let Ctrl-C, which a terminal sends to all processes, end the workers by the main process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-@functools.cache  # A copy to the GPU in each step would make the CPU wait for it.
-def rgb_on_device(values: tuple) -> torch.Tensor:
-    """Three values in 0…1, scaled to 0…255: (3, 1, 1) float32."""
-    return 255 * torch.tensor(values, device=DEVICE).view(3, 1, 1)
+def take_batches(batches: Iterator, count: int, title: str, phase: str) -> Iterator:
+    """Yield the next `count` batches, and show how far an epoch (`title`) has come.
+
+    That is a progress bar in a terminal, and elsewhere a line at most once a minute. Raises
+    InputError for errors of the workers that the user can fix.
+    """
+    shows_bar = RANK == 0 and sys.stderr.isatty()
+    shows_lines = RANK == 0 and not shows_bar
+    last_line = time.monotonic()
+    for step in tqdm(range(count), f"{title} {phase}", leave=False, disable=not shows_bar):
+        if shows_lines and time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
+            last_line = time.monotonic()
+            print(f"{title}: {step} of {count} steps", file=sys.stderr, flush=True)
+        with worker_errors():
+            batch = next(batches)
+        yield batch
 
 
-def move_and_normalize(images: torch.Tensor) -> torch.Tensor:
-    """Move (B, R, R, 3) uint8 to DEVICE: (B, 3, R, R) float32, normalised, channels_last."""
-    channels_first = images.to(DEVICE, non_blocking=True).movedim(-1, -3)
-    return channels_first.sub(rgb_on_device(IMAGENET_MEAN)).div_(rgb_on_device(IMAGENET_STD))
+@contextlib.contextmanager
+def worker_errors():
+    """Re-raise errors of worker processes that the user can fix as an InputError of one line."""
+    try:
+        yield
+    except InputError as error:
+        # DataLoader puts the worker's traceback before the message.
+        message = str(error)
+        if "Original Traceback" in message:
+            message = message.splitlines()[-1].partition(": ")[2]
+        raise InputError(message) from None
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # A worker without shared memory dies of a bus error, or reports a full /torch_… file.
+        if re.search("Bus error|</torch_.*No space left", str(error)):
+            reason = "/dev/shm, the shared memory of the workers, is full"
+            raise InputError(f"{reason}: use docker's --shm-size, or --workers 0") from error
+        was_killed = re.search("DataLoader worker .*(killed|exited unexpectedly)", str(error))
+        if isinstance(error, RuntimeError) and not was_killed:
+            raise
+        reason = "a worker process was killed, probably because the memory (RAM) is full"
+        raise InputError(f"{reason}: use fewer --workers") from error
 
 
-# ---------------------------------------------------------------- model
+# ---------------------------------------------------------------- network and optimizer
 
 
-def pick_precision(amp: bool, amp_dtype: str | None = None) -> torch.dtype:
-    """`amp_dtype`, or the device's: float16 on CUDA, bfloat16 on CPUs that have it, or float32."""
+def build_network(weights: str, num_classes: int) -> torch.nn.Module:
+    """Return NETWORK with the weights of a torchvision name or a file, or random ones for "none".
+
+    Its head always has random weights and `num_classes` outputs: the classes of the weights are
+    others, or in another order. Raises InputError for weights that cannot be loaded.
+    """
+    network = NETWORK.build(num_classes=num_classes)
+    if weights == "none":
+        return network
+    pretrained = type(NETWORK.weights).__members__
+    with reported_as(f"cannot load --weights {weights}"):
+        if weights in pretrained:
+            show_bar = RANK == 0 and sys.stderr.isatty()
+            state = pretrained[weights].get_state_dict(progress=show_bar, check_hash=True)
+        elif Path(weights).is_file():
+            state = read_checkpoint(Path(weights))["model"]
+        else:
+            raise ValueError(f"it is neither a file nor one of {[*pretrained, 'none']}")
+        for name, value in network.state_dict().items():
+            if name.startswith(f"{NETWORK.head}."):
+                state[name] = value
+        network.load_state_dict(state)
+    return network
+
+
+def default_learning_rate(batch_size: int) -> float:
+    """Return the learning rate of the reference's runs: 0.1 at batch size 128, 0.05 at 64."""
+    return 0.1 * batch_size / 128
+
+
+def learning_rate(args: argparse.Namespace, epoch: int) -> float:
+    """Return the learning rate of an epoch, counted from 1: step decay, as in the reference."""
+    return args.lr * 0.1 ** ((epoch - 1) // args.step_size)
+
+
+def build_optimizer(network: torch.nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    """Return SGD with momentum and weight decay, one learning rate for all parameters.
+
+    Another optimizer replaces the whole body.
+    """
+    optimizer = torch.optim.SGD(
+        network.parameters(),
+        lr=args.lr,
+        momentum=args.momentum,
+        weight_decay=args.weight_decay,
+        fused=True,  # skips a step that overflowed on the GPU: no CPU-GPU synchronization
+    )
+    # If the first step is skipped, fused SGD continues with momentum in uninitialized memory. From
+    # zero, the momentum after the first step is its gradient, as it is without `fused`.
+    for parameter in network.parameters():
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def pick_precision(amp: bool, amp_dtype: str | None) -> torch.dtype:
+    """Return the data type of mixed precision, or float32 for none.
+
+    By default that is float16 on CUDA, as in the reference, and on a CPU bfloat16 if it has
+    instructions for it: without them, mixed precision is slower than float32.
+    """
     if not amp:
         return torch.float32
     if amp_dtype:
         return getattr(torch, amp_dtype)
     if DEVICE.type == "cuda":
         return torch.float16
-    # torch 2.10 has no such function, and computes in float32.
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
-        return torch.bfloat16
+    if hasattr(torch.cpu, "get_capabilities"):  # torch 2.10 does not have it.
+        capabilities = torch.cpu.get_capabilities()
+        if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
+            return torch.bfloat16
     return torch.float32
 
 
 def autocast_to(precision: torch.dtype) -> torch.autocast:
-    """Mixed precision with `precision`; none with float32."""
+    """Return the context of mixed precision, which does nothing for float32."""
     return torch.autocast(DEVICE.type, precision, enabled=precision != torch.float32)
 
 
-def read_checkpoint(path: Path) -> dict:
-    """Read a checkpoint, or a bare state dict, onto the CPU; code that it may hold is not run.
-
-    Returns a dict whose `model` is the state dict, without the prefixes of torch.compile and
-    DistributedDataParallel. Raises InputError for a file that is damaged, or not of finite weights.
-    """
-    with reported_as(f"cannot read the checkpoint {path}"):
-        if path.suffix == ".safetensors":
-            raise ValueError("safetensors: torch.save what safetensors.torch.load_file returns")
-        try:
-            # torchvision's references and timm keep their flags beside the weights.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError) as error:
-            # torch's own message is long, and advises to run the code.
-            code = re.findall(r"GLOBAL (\S+)", str(error))
-            raise ValueError(f"it is damaged, or holds code that is not run {code or ''}") from None
-        checkpoint = {"model": checkpoint.get("state_dict", checkpoint), **checkpoint}
-        if "model_ema" in checkpoint or "state_dict_ema" in checkpoint:
-            say(f"{path} also holds an EMA of the weights, which is not used")
-        prefix = re.compile(r"^((_orig_mod|module)\.)+")
-        state = {prefix.sub("", name): value for name, value in checkpoint["model"].items()}
-        if not all(value.isfinite().all() for value in state.values()):
-            raise ValueError("it holds weights that are not finite")
-    return {**checkpoint, "model": state}
-
-
-def build_model(weights: str, num_classes: int) -> torch.nn.Module:
-    """ResNet-50 with a `num_classes`-way fc, from a torchvision name, a file, or "none".
-
-    The fc is always new: classes of equal number may be others, or in another order. Raises
-    InputError where the weights cannot be had or are another network's.
-    """
-    model = resnet50(num_classes=num_classes)
-    if weights == "none":
-        return model
-    with reported_as(f"cannot load --weights {weights}"):
-        if weights in PRETRAINED:
-            state = PRETRAINED[weights].get_state_dict(check_hash=True)
-        else:
-            state = read_checkpoint(Path(weights))["model"]
-        state = {**state, "fc.weight": model.fc.weight, "fc.bias": model.fc.bias}
-        model.load_state_dict(state)
-    return model
-
-
-def compile_full_batches(network: torch.nn.Module, batch_size: int) -> Callable:
-    """torch.compile `network` for this batch size: an epoch's last batch is not worth a minute."""
-    # By default, a second size would be compiled again, to a slower graph for any size.
-    compiled = torch.compile(network, dynamic=False)
-
-    def forward(images: torch.Tensor) -> torch.Tensor:
-        if len(images) == batch_size:
-            return compiled(images)
-        return network(images)
-
-    return forward
-
-
-def build_states(args, checkpoint: dict, num_classes, precision) -> dict:
-    """Network, optimizer, scheduler and scaler, as `checkpoint` has them, or new if it is empty."""
+def build_parts(
+    args: argparse.Namespace, checkpoint: dict, num_classes: int, precision: torch.dtype
+) -> dict:
+    """Return the network ("model"), "optimizer" and "scaler", with the states of `checkpoint`."""
     torch.manual_seed(args.seed)
-    # One process loads the weights: DistributedDataParallel hands them to the others.
+    # One process loads the weights: DistributedDataParallel copies them to the others.
     weights = "none" if checkpoint or RANK > 0 else args.weights
-    model = build_model(weights, num_classes).to(DEVICE, memory_format=torch.channels_last)
-    # Fused, it skips a step that overflows on the GPU, and the CPU need not wait for the word.
-    optimizer = torch.optim.SGD(
-        model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True
-    )
-    # Where the first step is skipped, torch would go on with momentum in uninitialised memory. From
-    # zero, the momentum of the first step is its gradient, as it is without `fused`.
-    for parameter in model.parameters():
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.step_size, gamma=0.1)
-    scaler = torch.amp.GradScaler(DEVICE.type, enabled=precision == torch.float16)
-    states = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    for name, component in states.items():
+    network = build_network(weights, num_classes)
+    network.to(DEVICE, memory_format=torch.channels_last)
+    parts = {
+        "model": network,
+        "optimizer": build_optimizer(network, args),
+        "scaler": torch.amp.GradScaler(DEVICE.type, enabled=precision == torch.float16),
+    }
+    for name, part in parts.items():
         if checkpoint.get(name):  # The scaler of a run without float16 has no state.
-            component.load_state_dict(checkpoint[name])
-    return states
+            part.load_state_dict(checkpoint[name])
+    return parts
+
+
+def use_compile(requested: bool | None) -> bool:
+    """Return whether to compile the network: as requested, or else on CUDA if a compiler is there.
+
+    Raises InputError if it was requested and there is no compiler.
+    """
+    if requested is False or (requested is None and DEVICE.type == "cpu"):
+        return False
+    # torch.compile builds C code at run time, as Triton does for its CUDA driver.
+    compilers = [os.environ.get("CC"), "gcc", "clang", "cc"]
+    has_compiler = any(name and shutil.which(name) for name in compilers)
+    has_headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
+    if has_compiler and has_headers:
+        return True
+    missing = "a C compiler (package gcc)"
+    if has_compiler:
+        missing = "Python.h (package python3-dev)"
+    if requested:
+        raise InputError(f"--compile needs {missing}")
+    log(f"warning     torch.compile is off, and training slower: it needs {missing}")
+    return False
+
+
+def compile_full_batches(network: torch.nn.Module, batch_size: int):
+    """Let `network` compile its forward pass for batches of this size.
+
+    Smaller ones, the last of an epoch, run uncompiled: they are not worth minutes of compiling. The
+    network itself changes, so that its state dict keeps its names, and DistributedDataParallel can
+    wrap it.
+    """
+    forward = network.forward
+    # By default, a second size would be compiled again, to a slower graph for any size.
+    compiled_forward = torch.compile(forward, dynamic=False)
+
+    def forward_compiled_if_full(images: torch.Tensor) -> torch.Tensor:
+        if len(images) == batch_size:
+            return compiled_forward(images)
+        return forward(images)
+
+    network.forward = forward_compiled_if_full
 
 
 # ---------------------------------------------------------------- one epoch, one evaluation
 
 
-def train_one_epoch(forward, batches, batch_sizes, autocast, optimizer, scaler) -> dict:
-    """Take a step for each of `batches`: (B, R, R, 3) uint8 crops and (B,) int64 labels.
+@functools.cache  # Copying them to the GPU in each step would be a CPU-GPU synchronization.
+def rgb_on_device(values: tuple) -> torch.Tensor:
+    """Return three values in 0…1 as a tensor in 0…255: (3, 1, 1) float32 on DEVICE."""
+    return 255 * torch.tensor(values, device=DEVICE).view(3, 1, 1)
 
-    Under torchrun they are this process's part of batches of `batch_sizes` photos. Returns mean
-    loss and accuracy (0…1) over all processes, train photos per second, and the share (0…1) of the
-    time that was spent waiting for photos: on CUDA an upper bound, since the CPU runs ahead.
+
+def move_and_normalize(images: torch.Tensor) -> torch.Tensor:
+    """Move (B, R, R, 3) uint8 to DEVICE: (B, 3, R, R) float32, normalized, channels_last."""
+    images = images.to(DEVICE, non_blocking=True).movedim(-1, -3)
+    return images.sub(rgb_on_device(IMAGENET_MEAN)).div_(rgb_on_device(IMAGENET_STD))
+
+
+def training_loss(
+    network: torch.nn.Module, images: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sum of a batch's losses and the number of its correct predictions.
+
+    Args:
+        network: the network, in training mode.
+        images: (B, 3, R, R) float32, normalized.
+        targets: (B,) int64.
+
+    Label smoothing, mixup or another loss belongs here. Its random numbers may come from torch,
+    NumPy or `random`: all are seeded for each epoch, so that a resumed run draws the same ones.
     """
-    sums = torch.zeros(2, dtype=torch.float64, device=DEVICE)
-    loss_sum, correct = sums  # Views: adding to them adds to `sums`.
-    waited = 0.0
-    start = time.perf_counter()
-    step_end = start
-    for (images, targets), batch_size in zip(batches, batch_sizes, strict=True):
-        waited += time.perf_counter() - step_end
+    logits = network(images)
+    loss_sum = F.cross_entropy(logits, targets, reduction="sum")
+    num_correct = (logits.argmax(1) == targets).sum()
+    return loss_sum, num_correct
+
+
+def train_one_epoch(network, batches, optimizer, scaler, autocast) -> dict:
+    """Take an optimizer step for each batch.
+
+    Args:
+        network: the network, or under torchrun the DistributedDataParallel around it.
+        batches: ((images, targets), batch size): (B, R, R, 3) uint8 and (B,) int64 on the CPU, and
+            the number of photos in the step over all processes.
+
+    Returns the mean loss and accuracy (0…1) over all processes, train photos per second, and the
+    share (0…1) of the time that was spent waiting for photos. On CUDA that is an upper bound, since
+    the CPU runs ahead of the GPU.
+    """
+    network.train()
+    total_loss = torch.zeros((), dtype=torch.float64, device=DEVICE)
+    total_correct = torch.zeros((), dtype=torch.float64, device=DEVICE)
+    num_photos = 0
+    seconds_waited = 0.0
+    start = step_end = time.perf_counter()
+    for (images, targets), batch_size in batches:
+        seconds_waited += time.perf_counter() - step_end
+        images = move_and_normalize(images)
         targets = targets.to(DEVICE, non_blocking=True)
-        with autocast:
-            logits = forward(move_and_normalize(images))
-            batch_loss = F.cross_entropy(logits, targets, reduction="sum")
-            # DistributedDataParallel takes the mean over the processes, whatever their shares.
-            loss = batch_loss * WORLD_SIZE / batch_size
         optimizer.zero_grad()
+        with autocast:
+            loss_sum, num_correct = training_loss(network, images, targets)
+            # DistributedDataParallel averages gradients over the processes, whose shares of a batch
+            # may differ by one photo. So this is the mean over the whole batch.
+            loss = loss_sum * WORLD_SIZE / batch_size
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        # Summed on the device: .item() would make the CPU wait for the GPU in every step.
-        loss_sum += batch_loss.detach()
-        correct += (logits.argmax(1) == targets).sum()
+        # Summed on the device: .item() would be a CPU-GPU synchronization in every step.
+        total_loss += loss_sum.detach()
+        total_correct += num_correct
+        num_photos += batch_size
         step_end = time.perf_counter()
+    totals = torch.stack([total_loss, total_correct])
     if WORLD_SIZE > 1:
-        dist.all_reduce(sums)
-    num_photos = sum(batch_sizes)
-    train_loss, train_accuracy = (sums / num_photos).tolist()  # This waits for the GPU.
+        dist.all_reduce(totals)
+    mean_loss, accuracy = (totals / num_photos).tolist()  # Waits for the GPU.
     seconds = time.perf_counter() - start
     return {
-        "train_loss": train_loss,
-        "train_accuracy": train_accuracy,
+        "train_loss": mean_loss,
+        "train_accuracy": accuracy,
         "photos_per_second": num_photos / seconds,
-        "input_wait": waited / seconds,
+        "input_wait": seconds_waited / seconds,
     }
 
 
 @torch.no_grad()
-def evaluate(forward, batches, autocast) -> dict:
-    """Mean loss and accuracy (0…1), over all processes, of crops and labels as in training."""
-    sums = torch.zeros(3, dtype=torch.float64, device=DEVICE)
-    loss_sum, correct, total = sums
+def evaluate(network: torch.nn.Module, batches: Iterable, autocast) -> tuple[float, float]:
+    """Return the mean loss and the accuracy (0…1), over all processes, of crops and labels."""
+    network.eval()
+    total_loss = torch.zeros((), dtype=torch.float64, device=DEVICE)
+    total_correct = torch.zeros((), dtype=torch.float64, device=DEVICE)
+    num_photos = 0
     for images, targets in batches:
+        images = move_and_normalize(images)
         targets = targets.to(DEVICE, non_blocking=True)
         with autocast:
-            logits = forward(move_and_normalize(images)).float()
-        loss_sum += F.cross_entropy(logits, targets, reduction="sum")
-        correct += (logits.argmax(1) == targets).sum()
-        total += len(targets)
+            logits = network(images)
+            total_loss += F.cross_entropy(logits, targets, reduction="sum")
+        total_correct += (logits.argmax(1) == targets).sum()
+        num_photos += len(targets)
+    totals = torch.stack([total_loss, total_correct, total_loss.new_tensor(num_photos)])
     if WORLD_SIZE > 1:
-        dist.all_reduce(sums)
-    test_loss, test_accuracy = (sums[:2] / total).tolist()
-    return {"test_loss": test_loss, "test_accuracy": test_accuracy}
+        dist.all_reduce(totals)
+    loss_sum, num_correct, num_photos = totals.tolist()
+    return loss_sum / num_photos, num_correct / num_photos
 
 
-# ---------------------------------------------------------------- a run, from flags to files
+def all_finite(state: dict[str, torch.Tensor]) -> bool:
+    """Return whether no tensor of a state dict has NaN or Inf. On CUDA: one synchronization."""
+    return bool(torch.stack([value.isfinite().all() for value in state.values()]).all())
 
 
-def check_lowest(parser: argparse.ArgumentParser, args):
-    """End with a line and status 2 where a flag's value is below LOWEST, or no number."""
-    for name, lowest in LOWEST.items():
-        value = getattr(args, name, None)
-        if value is not None and not value >= lowest:
-            parser.error(f"argument --{name.replace('_', '-')}: {value} is less than {lowest}")
+# ---------------------------------------------------------------- the epochs of a run
 
 
-def parse_args(argv, settings: dict | None = None) -> argparse.Namespace:
-    """The flags, with `settings` as defaults; None (workers, compile, …) is decided at a start."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    add = parser.add_argument
-    # fmt: off
-    add("--dataset", default=DEFAULT_DATASET, help="Hub data set or folder (%(default)s)")
-    add("--weights", default="IMAGENET1K_V2", help="of torchvision, a file or none (%(default)s)")
-    add("--resolution", type=int, default=224, help="pixels of a crop's side (%(default)s)")
-    add("--batch-size", type=int, default=128, help="photos in a step of all GPUs (%(default)s)")
-    add("--epochs", type=int, default=90, help="passes over the train split (%(default)s)")
-    add("--lr", type=float, help="first learning rate (0.1 × batch size / 128)")
-    add("--momentum", type=float, default=0.9, help="SGD's momentum (%(default)s)")
-    add("--weight-decay", type=float, default=1e-4, help="SGD's decay (%(default)s)")
-    add("--step-size", type=int, default=30, help="epochs until lr is a tenth (%(default)s)")
-    add("--seed", type=int, default=0, help="random seed (%(default)s)")
-    add("--workers", type=int, help="decoding processes per GPU (its share of cores, at most 16)")
-    add("--output-dir", type=Path, default=".", help="for what the run writes (%(default)s)")
-    add("--amp", action=argparse.BooleanOptionalAction, default=True, help="mixed precision (on)")
-    add("--amp-dtype", choices=["float16", "bfloat16"],
-        help="mixed precision's type (float16; on CPUs bfloat16 if they have it)")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (on for CUDA)")
-    add = parser.add_mutually_exclusive_group().add_argument
-    add("--resume", action="store_true",
-        help="go on after the last saved epoch, or begin where there is no run")
-    add("--overwrite", action="store_true", help="replace the run there once an epoch is done")
-    # fmt: on
-    parser.set_defaults(**(settings or {}))
-    args = parser.parse_args(argv)
-    check_lowest(parser, args)
-    if Path(args.dataset).is_dir():
-        # Stored with the run, and eval.py may be started in another folder.
-        args.dataset = str(Path(args.dataset).resolve())
-    if args.lr is None:
-        args.lr = 0.1 * args.batch_size / 128
-    return args
+def train_epochs(
+    args: argparse.Namespace, epochs: range, splits: dict, network, optimizer, scaler, autocast
+) -> Iterator[dict]:
+    """Train and evaluate `epochs`, counted from 1. Yields the row of history.csv of each.
+
+    Raises InputError if weights or batch norm statistics are not finite after an epoch, or if a
+    photo cannot be loaded.
+    """
+    train_network = network
+    if WORLD_SIZE > 1:
+        train_network = DistributedDataParallel(network)
+        # Only the evaluation reads the batch norm statistics, and sync_batch_norm precedes it.
+        train_network.broadcast_buffers = False
+
+    selection = selection_split(splits)
+    batch_sizes = train_batch_sizes(len(splits["train"]), args.batch_size)
+    local_batch_size = args.batch_size // WORLD_SIZE
+    evaluation = evaluation_keys(selection, len(splits[selection]), local_batch_size)
+    keys = run_keys(epochs, len(splits["train"]), batch_sizes, args.seed, evaluation)
+    crops = {"train": random_crop, selection: center_crop}
+    photos = CroppedPhotos(splits, crops, args.resolution)
+
+    with open_loader(photos, keys, args.workers) as batches:
+        for epoch in epochs:
+            start = time.perf_counter()
+            title = f"epoch {epoch}/{args.epochs}"
+            lr = learning_rate(args, epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            seed_random_numbers(args.seed, epoch)
+
+            train_batches = take_batches(batches, len(batch_sizes), title, "train")
+            train_batches = zip(train_batches, batch_sizes, strict=True)
+            trained = train_one_epoch(train_network, train_batches, optimizer, scaler, autocast)
+            sync_batch_norm(network)
+            if not all_finite(network.state_dict()):
+                remedy = "start again with a lower --lr"
+                raise InputError(f"epoch {epoch}: the weights contain NaN or Inf: {remedy}")
+            evaluation_batches = take_batches(batches, len(evaluation), title, selection)
+            loss, accuracy = evaluate(network, evaluation_batches, autocast)
+
+            yield {
+                "epoch": epoch,
+                "lr": lr,
+                **trained,
+                f"{selection}_loss": loss,
+                f"{selection}_accuracy": accuracy,
+                "seconds": time.perf_counter() - start,
+            }
+
+
+def seed_random_numbers(seed: int, epoch: int):
+    """Seed what the steps of an epoch draw: dropout, stochastic depth, mixup.
+
+    Crops have seeds of their own, so these numbers depend on seed, epoch, step and process alone.
+    """
+    epoch_seed = int(np.random.SeedSequence([seed, epoch, RANK]).generate_state(1)[0])
+    torch.manual_seed(epoch_seed)
+    np.random.seed(epoch_seed)
+    random.seed(epoch_seed)
+
+
+def sync_batch_norm(network: torch.nn.Module):
+    """Copy the batch norm statistics of the first process to the others."""
+    if WORLD_SIZE > 1:
+        for buffer in network.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def train(args: argparse.Namespace, run: dict, splits: dict, parts: dict, precision: torch.dtype):
+    """Train the epochs that `run` lacks, and save the run after each of them.
+
+    A thread writes the files while the next epoch trains. `parts` are the network ("model"), the
+    "optimizer" and the "scaler", whose states are saved. Raises InputError.
+    """
+    history = run["history"]
+    selection = selection_split(splits)
+    epochs = range(len(history) + 1, args.epochs + 1)
+    rows = train_epochs(
+        args,
+        epochs,
+        splits,
+        parts["model"],
+        parts["optimizer"],
+        parts["scaler"],
+        autocast_to(precision),
+    )
+    start = time.perf_counter()
+    elapsed_before = run["elapsed"]
+    writing = None
+    num_saved = len(history)
+    try:
+        for row in rows:
+            history.append(row)
+            log(epoch_line(history, selection, args.epochs, epochs))
+            run["elapsed"] = elapsed_before + time.perf_counter() - start
+            if RANK == 0:
+                if writing:
+                    writing.result()  # Waits for the epoch before, and re-raises its errors.
+                states = {name: part.state_dict() for name, part in parts.items()}
+                # The next epoch changes the states while this copy is written.
+                copy = copy_to_cpu({**run, **states, "epoch": row["epoch"]})
+                copy["history"] = list(history)
+                writing = start_thread(write_run, copy, args.output_dir)
+                num_saved = row["epoch"]
+    except KeyboardInterrupt:
+        log(f"interrupted: {num_saved} of {args.epochs} epochs are saved, --resume continues")
+        raise
+    finally:
+        rows.close()
+        if writing:
+            writing.result()
+    run["elapsed"] = elapsed_before + time.perf_counter() - start
+
+
+def start_thread(function: Callable, *args) -> Future:
+    """Call `function` in a daemon thread. Returns its Future.
+
+    Python waits for the thread of an executor before it exits, even after a second Ctrl-C.
+    """
+    future = Future()
+
+    def call():
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future
+
+
+def copy_to_cpu(state: object) -> object:
+    """Return a copy of a state dict with all tensors on the CPU. It keeps their strides."""
+    if isinstance(state, torch.Tensor):
+        return state.to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {name: copy_to_cpu(value) for name, value in state.items()}
+    return state
+
+
+def best_row(history: list[dict], selection: str) -> dict:
+    """Return the row of the best epoch: the first one with the highest accuracy on `selection`."""
+    return max(history, key=lambda row: row[f"{selection}_accuracy"])
+
+
+def epoch_line(history: list[dict], selection: str, last_epoch: int, epochs: range) -> str:
+    """Return what is printed of the last epoch in `history`. This start has trained `epochs`."""
+    row = history[-1]
+    columns = [f"epoch {row['epoch']:3d}/{last_epoch}", f"lr {row['lr']:#.4g}"]
+    for split in ("train", selection):
+        loss, accuracy = row[f"{split}_loss"], row[f"{split}_accuracy"]
+        columns.append(f"{split} loss {loss:.4f} acc {accuracy:.2%}")
+    columns.append(f"{row['seconds']:.1f} s")
+
+    # The first epoch of a start takes longer: it compiles the network and picks kernels.
+    seconds = [past["seconds"] for past in history if past["epoch"] > epochs[0]]
+    epochs_left = last_epoch - row["epoch"]
+    if seconds and epochs_left:
+        minutes = epochs_left * sum(seconds) / len(seconds) / 60
+        columns.append(f"{minutes:.0f} min left" if minutes >= 1 else "<1 min left")
+    if best_row(history, selection) is row:
+        columns.append("best")
+    return " | ".join(columns)
+
+
+def draw_curves(history: list[dict], selection: str) -> Figure:
+    """Plot loss, accuracy and learning rate of all epochs, and mark the best epoch."""
+    table = pandas.DataFrame(history).replace([math.inf, -math.inf], math.nan)
+    best = best_row(history, selection)
+    figure = Figure(figsize=(13, 4))  # inches
+    # An automatic layout would double the time that drawing takes from the training.
+    figure.subplots_adjust(left=0.05, right=0.98, bottom=0.14, top=0.92)
+    loss_axes, accuracy_axes, lr_axes = figure.subplots(1, 3)
+    for split in ("train", selection):
+        loss_axes.plot(table["epoch"], table[f"{split}_loss"], ".-", label=split)
+        accuracy_axes.plot(table["epoch"], 100 * table[f"{split}_accuracy"], ".-", label=split)
+    label = f"best: {best[f'{selection}_accuracy']:.2%} in epoch {best['epoch']}"
+    accuracy = 100 * best[f"{selection}_accuracy"]
+    accuracy_axes.plot(best["epoch"], accuracy, "*", markersize=12, label=label)
+    lr_axes.plot(table["epoch"], table["lr"], ".-")
+    loss_axes.set(title="loss", xlabel="epoch", yscale="log")
+    accuracy_axes.set(title="accuracy (%)", xlabel="epoch")
+    lr_axes.set(title="learning rate", xlabel="epoch", yscale="log")
+    loss_axes.legend()
+    accuracy_axes.legend()
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+# ---------------------------------------------------------------- the files of a run
+
+
+def make_output_dir(folder: Path):
+    """Create `folder` if it is missing. Raises InputError if nothing can be written there."""
+    with reported_as(f"cannot write to --output-dir {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 def atomic_write(path: Path, write: Callable):
-    """Let `write` fill a binary file beside `path`, and move it over `path` once it is whole.
+    """Let `write` fill a binary file, and move it to `path` when it is complete.
 
-    Raises InputError where it cannot be written; `path` is then as it was.
+    Raises InputError if it cannot be written. `path` is then as it was before.
     """
-    contents = io.BytesIO()  # torch.save to a file hides why it fails.
+    contents = io.BytesIO()  # torch.save hides why it cannot write to a file.
     write(contents)
     draft = path.with_name(f".partial-{os.getpid()}-{path.name}")
     try:
@@ -606,193 +942,618 @@ def atomic_write(path: Path, write: Callable):
         draft.unlink(missing_ok=True)
 
 
-def make_output_dir(folder: Path):
-    """Make `folder` where it is missing; raises InputError where nothing can be written there."""
-    with reported_as(f"cannot write to --output-dir {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+def open_run(args: argparse.Namespace, argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
+    """Return the flags, and the checkpoint of the run to resume: {} for a new run.
 
-
-def open_run(args: argparse.Namespace, argv) -> tuple:
-    """The flags, and the checkpoint of the run that they resume: empty for a new one.
-
-    Raises InputError where the folder cannot be written, or holds a run that is to stay.
+    Raises InputError if the folder holds another run, or cannot be written to.
     """
     folder = args.output_dir
     make_output_dir(folder)
+    for draft in folder.glob(".partial-*"):
+        # A killed run left it, unless a live one is writing it now.
+        if time.time() - draft.stat().st_mtime > 3600:
+            draft.unlink(missing_ok=True)
     existing = [name for name in RUN_FILES if (folder / name).exists()]
     if existing and not (args.resume or args.overwrite):
         choice = "choose --resume, --overwrite, or another --output-dir"
         raise InputError(f"{folder} already holds {', '.join(existing)}: {choice}")
-    for draft in folder.glob(".partial-*"):  # A killed run left it.
-        draft.unlink(missing_ok=True)
-    if args.overwrite or not existing:
+    if args.overwrite:
         return args, {}
-    checkpoint = read_checkpoint(folder / "last_checkpoint.pth")
-    settings = checkpoint["settings"]
+    if not existing:
+        if args.resume:
+            log(f"no run in {folder} yet: starting one")
+        return args, {}
+
+    checkpoint = {}
+    if existing == ["settings.json"]:
+        log(f"the run in {folder} has not saved an epoch yet: starting it again")
+        settings = read_settings(folder)["flags"]
+    else:
+        checkpoint = read_checkpoint(folder / "last_checkpoint.pth")
+        settings = checkpoint["settings"]
     args = parse_args(argv, settings)
-    for name, of_run in settings.items():
-        now = getattr(args, name)
-        if now != of_run and name not in FREE_SETTINGS:
-            flag = f"--{name.replace('_', '-')} {now}"
-            raise InputError(f"{flag}: the run to resume in {folder} has {of_run}")
-    # A kill may have come between last_checkpoint.pth and the others: all are written again.
-    write_run(checkpoint, folder)
+    check_same_settings(args, settings)
+    if checkpoint:
+        # A kill may have come between last_checkpoint.pth and the other files.
+        write_run(checkpoint, folder)
+        # Earlier versions did not store the seconds since the first epoch began.
+        seconds = sum(row["seconds"] for row in checkpoint["history"])
+        checkpoint.setdefault("elapsed", seconds)
     return args, checkpoint
 
 
-def copy_to_cpu(state: object) -> object:
-    """A copy of a state dict, whose tensors are the CPU's, with the strides that they had."""
-    if isinstance(state, torch.Tensor):
-        return state.to("cpu", copy=True)
-    if isinstance(state, dict):
-        return {name: copy_to_cpu(value) for name, value in state.items()}
-    return state
+def check_same_settings(args: argparse.Namespace, settings: dict):
+    """Raise InputError if a flag differs from the run to resume and may not be changed."""
+    for name, value in vars(args).items():
+        if name in UNSTORED_FLAGS or name in CHANGEABLE_FLAGS:
+            continue
+        # Runs of earlier versions lack the flags that were added since.
+        stored = settings.get(name, build_parser().get_default(name))
+        if value != stored:
+            flag = f"--{name.replace('_', '-')} {value}"
+            raise InputError(f"{flag}: the run to resume in {args.output_dir} has {stored}")
+
+
+def resume_line(args: argparse.Namespace, checkpoint: dict) -> str:
+    """Return what is printed when a run is resumed."""
+    selection = selection_split(checkpoint["num_photos"])
+    best = best_row(checkpoint["history"], selection)
+    accuracy = f"{best[f'{selection}_accuracy']:.2%}"
+    line = f"resuming after epoch {checkpoint['epoch']} of {args.epochs} "
+    line += f"(best {accuracy} in epoch {best['epoch']})"
+    if best["epoch"] < checkpoint["epoch"] and not (args.output_dir / "best_model.pth").exists():
+        line += (
+            f"\nnote        best_model.pth is missing: it is saved again once {accuracy} is beaten"
+        )
+    return line
+
+
+def describe_run(settings: dict, splits: dict, checkpoint: dict) -> dict:
+    """Return what a checkpoint holds besides the states of its parts.
+
+    Raises InputError if the run that is resumed (`checkpoint`) had other photos.
+    """
+    run = {
+        "settings": settings,
+        "classes": splits["train"].features["label"].names,
+        "num_photos": {name: len(split) for name, split in splits.items()},
+        "resolution": settings["resolution"],
+        "history": checkpoint.get("history", []),
+        "elapsed": checkpoint.get("elapsed", 0.0),
+    }
+    if settings["val_split"]:
+        run["val_fingerprint"] = fingerprint(splits["val"])
+    if checkpoint:
+        if checkpoint["num_photos"] != run["num_photos"]:
+            before, now = count_photos(checkpoint["num_photos"]), count_photos(run["num_photos"])
+            raise InputError(f"--dataset: the run to resume has {before}, but there are {now}")
+        if checkpoint.get("val_fingerprint") != run.get("val_fingerprint"):
+            raise InputError("--dataset: the photos of the val split differ from the run to resume")
+    return run
+
+
+def count_photos(num_photos: dict[str, int]) -> str:
+    """Return "8144 train and 8041 test photos"."""
+    return " and ".join(f"{count} {split}" for split, count in num_photos.items()) + " photos"
+
+
+def claim_folder(args: argparse.Namespace, settings: dict, checkpoint: dict):
+    """Write settings.json, once nothing can be refused any more. Removes the run to overwrite.
+
+    A second run that starts in the same folder finds the file. Raises InputError if it is there.
+    """
+    folder = args.output_dir
+    packages = ("torch", "torchvision", "torchcodec", "datasets", "numpy")
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    contents = {"flags": settings, "versions": versions, "device": device_name()}
+    text = json.dumps(contents, indent=2).encode()
+    path = folder / "settings.json"
+    if args.resume and path.exists() or checkpoint:
+        atomic_write(path, lambda file: file.write(text))
+        return
+    with reported_as(f"cannot write {path}"):
+        if args.overwrite:
+            for name in RUN_FILES:
+                (folder / name).unlink(missing_ok=True)
+        try:
+            with open(path, "xb") as file:
+                file.write(text)
+        except FileExistsError:
+            raise InputError(
+                f"another run has started in {folder}: choose another --output-dir"
+            ) from None
+
+
+def read_settings(folder: Path) -> dict:
+    """Return the contents of a run's settings.json. Raises InputError if it cannot be read."""
+    path = folder / "settings.json"
+    with reported_as(f"cannot read {path}"):
+        return json.loads(path.read_text())
 
 
 def write_run(run: dict, folder: Path):
-    """Write last_checkpoint.pth and what follows from it, and then print the last epoch."""
+    """Write last_checkpoint.pth, and from it the other files of a run but settings.json."""
     history = run["history"]
+    selection = selection_split(run["num_photos"])
     atomic_write(folder / "last_checkpoint.pth", functools.partial(torch.save, run))
-    best = max(history, key=lambda row: row["test_accuracy"])
+    best = best_row(history, selection)
     if best["epoch"] == run["epoch"]:
         names = ("model", "classes", "resolution", "epoch", "settings")
         best_model = {name: run[name] for name in names}
-        best_model["test_accuracy"] = best["test_accuracy"]
+        best_model[f"{selection}_accuracy"] = best[f"{selection}_accuracy"]
         atomic_write(folder / "best_model.pth", functools.partial(torch.save, best_model))
     table = pandas.DataFrame(history)
-    atomic_write(folder / "history.csv", functools.partial(table.to_csv, index=False))
-    say("  ".join(f"{name} {value:.5g}" for name, value in history[-1].items()))
+    atomic_write(folder / "history.csv", functools.partial(table.to_csv, index=False, na_rep="nan"))
+    figure = draw_curves(history, selection)
+    save_figure = functools.partial(figure.savefig, format="png", dpi=100)
+    atomic_write(folder / "training_curves.png", save_figure)
+
+
+def read_checkpoint(path: Path) -> dict:
+    """Read a checkpoint of this program or another one, or a bare state dict, onto the CPU.
+
+    It is loaded with weights_only=True, so no code is executed. Returns a dict whose "model" is the
+    state dict, without the prefixes of torch.compile and DistributedDataParallel. Raises InputError
+    for a file that is damaged, or that holds no finite weights.
+    """
+    with reported_as(f"cannot read the checkpoint {path}"):
+        if path.suffix == ".safetensors":
+            raise ValueError("save what safetensors.torch.load_file returns with torch.save")
+        try:
+            # Checkpoints of torchvision's references and of timm hold their flags.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:
+            # torch's own message is long, and recommends to execute the code.
+            code = ", ".join(re.findall(r"GLOBAL (\S+)", str(error)))
+            reason = f"it is damaged, or holds code, which is not executed {code}".rstrip()
+            raise ValueError(reason) from None
+        if not isinstance(checkpoint, dict):
+            raise ValueError(f"it holds a {type(checkpoint).__name__}, not a state dict")
+
+        state = checkpoint
+        for key in ("model_state_dict", "state_dict", "model"):
+            if isinstance(checkpoint.get(key), dict):
+                state = checkpoint[key]
+        for name, value in state.items():
+            if not isinstance(value, torch.Tensor):
+                keys = "model, state_dict or model_state_dict"
+                raise ValueError(f"no state dict under {keys}: {name} is not a tensor")
+        prefix = re.compile(r"^((_orig_mod|module)\.)+")
+        state = {prefix.sub("", name): value for name, value in state.items()}
+        if not state or not all_finite(state):
+            raise ValueError("the weights contain NaN or Inf")
+    others = {} if state is checkpoint else checkpoint
+    return {**others, "model": state}
+
+
+# ---------------------------------------------------------------- data: splits
+
+
+def load_splits(args: argparse.Namespace, checkpoint: dict) -> dict[str, datasets.Dataset]:
+    """Return the train split and the split on which the best epoch is chosen: "val" or "test".
+
+    It is "val" with --val-split, or if the dataset has a val split; the test split is not read
+    then. A run that is resumed (`checkpoint`) keeps its splits. Raises InputError.
+    """
+    with reported_as(f"cannot load --dataset {args.dataset}"):
+        sources = find_splits(args.dataset, ["train"] if args.val_split else ["train", "test"])
+        if args.val_split and "val" in sources:
+            raise ValueError("it has a val split of its own: leave out --val-split")
+        train_split = load_split(sources, "train", checkpoint.get("classes"))
+        if args.val_split:
+            return hold_out(train_split, args.val_split)
+
+        selection = selection_split(checkpoint.get("num_photos", sources))
+        if selection not in sources and not checkpoint:
+            raise ValueError("it has no test or val split: --val-split 0.1 holds out 10% of train")
+        classes = train_split.features["label"].names
+        return {"train": train_split, selection: load_split(sources, selection, classes)}
+
+
+def selection_split(splits: Iterable[str]) -> str:
+    """Return the name of the split, one of `splits`, on which the best epoch is chosen."""
+    return "val" if "val" in splits else "test"
+
+
+def find_splits(dataset: str, wanted: list[str]) -> dict:
+    """Return a dict from the names of a dataset's splits to their sources, for load_split.
+
+    A source is a folder of class folders, a list of parquet files, or a Dataset from the Hub. Of
+    the default dataset, only the `wanted` splits are downloaded. Raises InputError.
+    """
+    datasets.disable_progress_bars()
+    if RANK > 0 or not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
+    folder = Path(dataset)
+    if not folder.is_dir():
+        # Under torchrun all processes ask; the locks of the Hub's cache let one of them download.
+        with reported_as(
+            f"--dataset {dataset} is not a folder and could not be loaded from the Hub"
+        ):
+            if dataset != DEFAULT_DATASET:
+                return with_val(datasets.load_dataset(dataset))
+            # The repository also holds seven corrupted copies of the test split.
+            folder = huggingface_hub.snapshot_download(
+                dataset,
+                repo_type="dataset",
+                revision=DATASET_REVISION,
+                allow_patterns=[f"data/{split}-*" for split in wanted],
+            )
+
+    folder = Path(folder).resolve()
+    sources = {}
+    for file in sorted(folder.glob("data/*.parquet")) or sorted(folder.glob("*.parquet")):
+        sources.setdefault(file.stem.partition("-")[0], []).append(file)
+    for path in folder.iterdir():
+        if path.is_dir():
+            sources[path.name] = path
+    return with_val(sources)
+
+
+def with_val(sources: dict) -> dict:
+    """Return `sources` with the split "validation" under the name "val"."""
+    return {"val" if name == "validation" else name: source for name, source in sources.items()}
+
+
+def load_split(sources: dict, split: str, classes: list[str] | None = None) -> datasets.Dataset:
+    """Load a split of the columns `image` (still encoded) and `label`.
+
+    A label is an index into `classes`, the class names of training; None stands for the split's
+    own names. Raises ValueError for a split that is missing, empty, or of other columns or classes.
+    """
+    source = sources.get(split)
+    if source is None:
+        expected = f"{split}/CLASS/PHOTO or data/{split}-*.parquet"
+        raise ValueError(f"it has no {split} split ({expected}), but {sorted(sources)}")
+    if isinstance(source, Path):
+        photos = read_class_folders(source)
+    elif isinstance(source, list):
+        photos = read_parquet(source, split)
+    else:
+        photos = source
+
+    image = photos.features.get("image")
+    label = photos.features.get("label")
+    if not isinstance(image, datasets.Image) or not isinstance(label, datasets.ClassLabel):
+        columns = "image: Image and label: ClassLabel"
+        raise ValueError(f"the {split} split needs the columns {columns}, not {photos.features}")
+    if image.mode not in (None, "RGB"):
+        raise ValueError(f"image has mode {image.mode}, but photos are always decoded to RGB")
+    if len(photos) == 0:
+        raise ValueError(f"the {split} split has no photos")
+
+    photos = label_by_name(photos, classes or label.names)
+    num_classes = photos.features["label"].num_classes
+    num_empty = num_classes - len(set(photos["label"][:]))
+    if num_empty:
+        log(f"note        {num_empty} of {num_classes} classes have no {split} photos")
+    return photos.cast_column("image", datasets.Image(decode=False))
+
+
+def read_parquet(files: list[Path], split: str) -> datasets.Dataset:
+    """Read the parquet files of a split. Each may list its class names in an order of its own."""
+    total = re.search(r"-of-(\d+)$", files[0].stem)
+    if total and int(total[1]) != len(files):
+        raise ValueError(f"it has {len(files)} of the {int(total[1])} files of {files[0]}")
+    parts = []
+    for file in files:
+        try:
+            # from_parquet takes a path for a glob pattern, unless it is escaped.
+            parts.append(datasets.Dataset.from_parquet(glob.escape(str(file)), split=split))
+        except Exception as error:
+            cache = datasets.config.HF_DATASETS_CACHE
+            reason = one_line(error.__cause__ or error)
+            raise ValueError(
+                f"cannot read {file}, or the copy of it that datasets keeps in {cache} "
+                f"(that folder may be full; it can be deleted): {reason}"
+            ) from error
+
+    labels = [part.features.get("label") for part in parts]
+    if any(label != labels[0] for label in labels):
+        for file, label in zip(files, labels, strict=True):
+            if not isinstance(label, datasets.ClassLabel):
+                raise ValueError(f"{file} has no class names, unlike other files of the split")
+        classes = list(dict.fromkeys(name for label in labels for name in label.names))
+        parts = [label_by_name(part, classes) for part in parts]
+    return datasets.concatenate_datasets(parts)
+
+
+def read_class_folders(folder: Path) -> datasets.Dataset:
+    """List the photos of `folder`, each in or below the folder of its class."""
+    if (folder / "state.json").exists() or (folder / "dataset_info.json").exists():
+        raise ValueError(f"{folder} was written by save_to_disk: write it with to_parquet instead")
+    columns = {"image": [], "label": []}
+    classes = []
+    left_out = Counter()
+    for path in sorted(folder.iterdir()):
+        if not is_visible(path.name):
+            continue
+        if path.is_dir():
+            photos, reasons = find_photos(path)
+            left_out.update(reasons)
+            if photos:
+                columns["image"].extend(str(photo) for photo in photos)
+                columns["label"].extend([len(classes)] * len(photos))
+                classes.append(path.name)
+        elif path.suffix.lower() in PHOTO_SUFFIXES:
+            left_out["photos that are not in the folder of a class"] += 1
+        else:
+            left_out[OTHER_FILES] += 1
+
+    counts = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+    if not classes:
+        raise ValueError(f"{folder}/CLASS holds no photos: found {counts or 'no files'}")
+    if left_out:
+        log(f"left out    {counts}, in {folder}")
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=classes))
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def find_photos(folder: Path) -> tuple[list[Path], Counter]:
+    """Return the photos in and below `folder`, and the number of files left out for each reason.
+
+    Links to folders are not followed. Raises OSError for a folder that cannot be read.
+    """
+
+    def fail(error: OSError):
+        raise error
+
+    files = []
+    left_out = Counter()
+    for parent, subfolders, names in os.walk(folder, onerror=fail):
+        subfolders[:] = [name for name in subfolders if is_visible(name)]
+        for name in subfolders:
+            if Path(parent, name).is_symlink():
+                left_out["links to folders"] += 1
+        files.extend(Path(parent, name) for name in names if is_visible(name))
+
+    photos = {}  # from real paths, so that a photo and links to it count once
+    for path in sorted(files):
+        if path.suffix.lower() not in PHOTO_SUFFIXES:
+            left_out[OTHER_FILES] += 1
+        elif path.resolve() in photos:
+            left_out["links to photos that are already included"] += 1
+        else:
+            photos[path.resolve()] = path
+    return list(photos.values()), left_out
+
+
+def is_visible(name: str) -> bool:
+    """Return False for what macOS, network disks and notebooks add to folders."""
+    return not name.startswith((".", "@"))
+
+
+def label_by_name(photos: datasets.Dataset, classes: list[str]) -> datasets.Dataset:
+    """Return `photos` with labels that are indices into `classes`, which has all of their names.
+
+    The order may differ: folders are sorted, and the Hub's names are not. A folder cannot be named
+    "Ram C/V", so / - and _ are equal where that is unambiguous. Raises ValueError otherwise.
+    """
+    names = photos.features["label"].names
+    labels = photos["label"][:]
+    for row, label in enumerate(labels):
+        if label is None or not 0 <= label < len(names):
+            raise ValueError(f"row {row} has label {label}, which is out of range")
+    if names == classes:
+        return photos
+
+    similar = {}
+    for index, name in enumerate(classes):
+        similar.setdefault(re.sub("[/_]", "-", name), []).append(index)
+    new_labels = {name: index for index, name in enumerate(classes)}
+    for name in names:
+        candidates = similar.get(re.sub("[/_]", "-", name), [])
+        if len(candidates) == 1:
+            new_labels.setdefault(name, candidates[0])
+
+    found = [new_labels.get(name) for name in names]
+    if None in found or len(set(found)) < len(found):
+        unknown = [name for name in names if name not in new_labels] or names
+        missing = [name for index, name in enumerate(classes) if index not in found]
+        raise ValueError(
+            f"its {len(names)} classes are not among the {len(classes)} of training: "
+            f"only here {unknown[:3]}, only in training {missing[:3]}"
+        )
+    feature = datasets.ClassLabel(names=classes)
+    labels = [found[label] for label in labels]
+    return photos.remove_columns("label").add_column("label", labels, feature=feature)
+
+
+def hold_out(photos: datasets.Dataset, share: float) -> dict[str, datasets.Dataset]:
+    """Divide the train split into "train" and "val", which gets `share` of each class's photos.
+
+    At least one photo of a class is held out and one is kept. Which ones follows from a hash of a
+    photo's name: its path below the split's folder, or its row in a parquet file. Raises ValueError
+    for a class of one photo.
+    """
+    names = [str(row) for row in range(len(photos))]
+    if photos[0]["image"]["bytes"] is None:
+        paths = photo_paths(photos)
+        root = os.path.commonpath(paths)
+        names = [os.path.relpath(path, root) for path in paths]
+    rows_of = {}
+    for row, label in enumerate(photos["label"][:]):
+        rows_of.setdefault(label, []).append(row)
+
+    held_out = []
+    for label, rows in rows_of.items():
+        if len(rows) == 1:
+            name = photos.features["label"].names[label]
+            raise ValueError(f"--val-split: the class {name!r} has only one train photo")
+        rows.sort(key=lambda row: hashlib.sha256(os.fsencode(names[row])).digest())
+        count = min(max(1, round(share * len(rows))), len(rows) - 1)
+        held_out.extend(rows[:count])
+    kept = sorted(set(range(len(photos))) - set(held_out))
+    return {"train": photos.select(kept), "val": photos.select(sorted(held_out))}
+
+
+def photo_paths(photos: datasets.Dataset) -> list:
+    """Return the column image.path, without reading a photo."""
+    return photos.flatten().select_columns("image.path").to_pandas()["image.path"].tolist()
+
+
+def fingerprint(photos: datasets.Dataset) -> str:
+    """Return a hash of the photos of a split and of their order."""
+    digest = hashlib.sha256()
+    for photo in photos:
+        digest.update(hashlib.sha256(read_encoded(photo["image"])).digest())
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------- processes
 
 
 def run_command(main: Callable[[], None]):
-    """Call `main`; what a user can put right ends the command with one line and status 1."""
-    # A console without "×" shows "?". A pipe gets each line at once, as Ctrl-C flushes nothing.
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)
-    message = ""
+    """Call `main`. A mistake the user can fix ends the process with one line and status 1.
+
+    Ctrl-C ends it with status 130.
+    """
+    if hasattr(sys.stdout, "reconfigure"):  # It is missing in a notebook.
+        # Names that the terminal cannot show get a "?". A file receives each line at once.
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    script = Path(sys.argv[0]).name
     try:
         main()
     except InputError as error:
-        message = str(error)
-        if "Original Traceback" in message:  # A worker's error ends with it.
-            message = message.splitlines()[-1].partition(": ")[2]
+        sys.exit(f"{script}: {error}")
     except torch.OutOfMemoryError:
-        message = "the GPU's memory is full: use a smaller --batch-size or --resolution"
-    except RuntimeError as error:
-        # A worker dies of a bus error, or says "unable to write to file </torch_…>: No space left".
-        if not re.search("Bus error|</torch_.*No space left", str(error)):
-            raise
-        message = "/dev/shm is too small: use docker's --shm-size, or --workers 0"
-    else:
-        # After an error, NCCL would wait here for processes that wait for this one.
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if message:
-        sys.exit(f"{Path(sys.argv[0]).name}: {message}")
+        remedy = "use a smaller --batch-size or --resolution"
+        sys.exit(f"{script}: the memory of the GPU is full: {remedy}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    # Not after an error: NCCL would wait for processes that wait for this one.
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
-def start_process():
-    """Set torch up, and join the processes that torchrun started, if it did."""
+def in_first_process(function: Callable, *args):
+    """Call `function` in the first process; return its result or raise its InputError in all."""
+    result, error = None, None
+    if RANK == 0:
+        try:
+            result = function(*args)
+        except InputError as caught:
+            error = caught
+    if WORLD_SIZE > 1:
+        objects = [result, error]
+        dist.broadcast_object_list(objects)
+        result, error = objects
+    if error:
+        raise error
+    return result
+
+
+def set_up_torch():
+    """Choose the device and TF32, and connect the processes that torchrun started."""
     torch.set_float32_matmul_precision("high")  # TF32
-    torch.backends.cudnn.benchmark = True
+    if decode_image is None:
+        reason = one_line(TORCHCODEC_ERROR)[:200]
+        remedy = "install torchcodec from the same index as torch"
+        log(f"warning     Pillow decodes the photos, more slowly: {remedy} ({reason})")
     if DEVICE.type == "cuda":
         torch.cuda.set_device(DEVICE)
-    elif torch.backends.cuda.is_built():
-        try:
-            torch.cuda.init()
-        except Exception as error:
-            say(f"warning   no GPU can be used, and a CPU takes days: {error}")
-    if decode_image is None:
-        why = " ".join(str(TORCHCODEC_ERROR).split())[:200]
-        say(f"warning   Pillow decodes, slowly; get torchcodec from the same index as torch: {why}")
     if WORLD_SIZE > 1:
         dist.init_process_group(dist.get_default_backend_for_device(DEVICE))
 
 
-def train(args: argparse.Namespace, checkpoint: dict):
-    """Train from the start, or from `checkpoint` on, and save the run after every epoch."""
-    history = checkpoint.get("history", [])
-    epochs = range(len(history) + 1, args.epochs + 1)
-    precision = pick_precision(args.amp, args.amp_dtype)
-    autocast = autocast_to(precision)
-    workers = DEFAULT_WORKERS if args.workers is None else args.workers
-    compiled = DEVICE.type == "cuda" if args.compile is None else args.compile
-    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
-    say(f"device    {WORLD_SIZE} × {device}, {precision}, {workers=}, {compiled=}")
-    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    say(f"settings  {settings}")
+def log_without_gpu(consequence: str):
+    """Print a line if no GPU can be used, and torch's reason if there is one that cannot."""
+    if DEVICE.type == "cuda":
+        return
+    log(f"no GPU found: {consequence}")
+    if torch.backends.cuda.is_built():
+        try:
+            torch.cuda.init()
+        except Exception as error:
+            reason = one_line(error)
+            if "no NVIDIA driver" not in reason and "No CUDA GPUs" not in reason:
+                log(f"warning     {reason}")
 
-    cars = load_cars(args.dataset, classes=checkpoint.get("classes"))
-    classes = cars["train"].features["label"].names
-    num_photos = {split: len(cars[split]) for split in cars}
-    say(f"data      {num_photos} photos, {len(classes)} classes")
-    if checkpoint and checkpoint["num_photos"] != num_photos:
-        raise InputError(f"--dataset: the run began with {checkpoint['num_photos']} photos")
-    batch_sizes = train_batch_sizes(num_photos["train"], args.batch_size)
-    local_batch_size = args.batch_size // WORLD_SIZE
-    own_test_batches = test_batches(num_photos["test"], local_batch_size)
-    photos = CarPhotos(cars, {"train": random_crop, "test": center_crop}, args.resolution)
-    keys = all_batches(num_photos["train"], batch_sizes, own_test_batches, epochs, args.seed)
-    batches = iter(make_loader(photos, keys, workers))  # The workers start here.
 
-    states = build_states(args, checkpoint, len(classes), precision)
-    model, optimizer, scheduler, scaler = states.values()
-    train_forward = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
-    test_forward = model
-    if compiled:
-        train_forward = compile_full_batches(train_forward, local_batch_size)
-        test_forward = compile_full_batches(model, local_batch_size)
-        say("compiling takes a minute or two of the first epoch")
-    say(f"{len(history)} of {args.epochs} epochs are done; go on after a stop with --resume")
-    pending_write = None
-    with ThreadPoolExecutor(max_workers=1) as writer:
-        for epoch in epochs:
-            epoch_start = time.perf_counter()
-            model.train()
-            steps = next_batches(batches, len(batch_sizes), "train")
-            trained = train_one_epoch(
-                train_forward, steps, batch_sizes, autocast, optimizer, scaler
-            )
-            model.eval()
-            if WORLD_SIZE > 1:
-                # As in each step, the first process's batch norm statistics become everybody's.
-                for buffer in model.buffers():
-                    dist.broadcast(buffer, 0)
-            steps = next_batches(batches, len(own_test_batches), "test")
-            tested = evaluate(test_forward, steps, autocast)
-            # The train loss may be infinite: GradScaler skips a step that overflows in float16.
-            if not math.isfinite(tested["test_loss"]):
-                raise InputError(f"epoch {epoch}: no finite test loss; start anew at a lower --lr")
-            row = {"epoch": epoch, "lr": scheduler.get_last_lr()[0], **trained, **tested}
-            history.append({**row, "seconds": time.perf_counter() - epoch_start})
-            scheduler.step()
-            if RANK == 0:
-                if pending_write:
-                    pending_write.result()  # It raises what stopped it.
-                run = {name: component.state_dict() for name, component in states.items()}
-                run.update(settings=settings, classes=classes, num_photos=num_photos)
-                run.update(resolution=args.resolution, epoch=epoch, history=list(history))
-                # A thread writes this copy while the next epoch changes the states.
-                pending_write = writer.submit(write_run, copy_to_cpu(run), args.output_dir)
-        if pending_write:
-            pending_write.result()
-    best = max(history, key=lambda row: row["test_accuracy"])
-    minutes = sum(row["seconds"] for row in history) / 60
-    say(f"{minutes:.1f} min; last test accuracy {history[-1]['test_accuracy']:.2%}")
-    say(f"best {best['test_accuracy']:.2%}, in epoch {best['epoch']}: chosen on the test split")
+def device_name() -> str:
+    """Return the name of the GPU, or "CPU", and the number of processes."""
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
+    return name if WORLD_SIZE == 1 else f"{WORLD_SIZE} processes, each on {name}"
+
+
+def precision_name(precision: torch.dtype) -> str:
+    """Return "float16 mixed precision", or "float32"."""
+    name = str(precision).removeprefix("torch.")
+    return name if precision == torch.float32 else f"{name} mixed precision"
+
+
+def settings_line(settings: dict) -> str:
+    """Return the flags of the recipe as text: "resolution 224, batch size 128, …"."""
+    not_recipe = ("dataset", "workers", "amp", "amp_dtype", "compile")
+    recipe = {name: value for name, value in settings.items() if name not in not_recipe}
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in recipe.items())
+
+
+def log_result(args: argparse.Namespace, run: dict):
+    """Print the last and the best accuracy of a run, and the command that comes next."""
+    selection = selection_split(run["num_photos"])
+    last = run["history"][-1]
+    best = best_row(run["history"], selection)
+    accuracy = f"{selection}_accuracy"
+    folder = args.output_dir
+    log(
+        f"trained {last['epoch']} epochs in {run['elapsed'] / 60:.1f} min. "
+        f"Last {last[accuracy]:.2%}. Best {best[accuracy]:.2%} in epoch {best['epoch']} "
+        f"(chosen on the {selection} split): {folder / 'best_model.pth'}"
+    )
+    command = ["python", "eval.py", "--tta"]
+    if folder != Path("."):
+        command += ["--checkpoint", str(folder / "best_model.pth"), "--output-dir", str(folder)]
+    log(f"next: {shlex.join(command)}")
 
 
 def main(argv: list[str] | None = None):
+    """Train as the flags `argv` say. Raises InputError for a mistake the user can fix."""
     args = parse_args(argv)
-    start_process()
-    opened = [open_run(args, argv) if RANK == 0 else None]
-    if WORLD_SIZE > 1:
-        # All take the flags and the run of the first process, so that they cannot differ.
-        dist.broadcast_object_list(opened)
-    train(*opened[0])
+    set_up_torch()
+    torch.backends.cudnn.benchmark = True  # Picks the fastest kernels, by timing them.
+    args, checkpoint = in_first_process(open_run, args, argv)
+    if checkpoint:
+        if args.epochs <= checkpoint["epoch"]:
+            log(f"nothing to train: {checkpoint['epoch']} of {args.epochs} epochs are done")
+            log_result(args, checkpoint)
+            return
+        log(resume_line(args, checkpoint))
+    settings = {name: value for name, value in vars(args).items() if name not in UNSTORED_FLAGS}
+    if args.workers is None:
+        args.workers = DEFAULT_WORKERS
+    args.compile = use_compile(args.compile)
+    precision = pick_precision(args.amp, args.amp_dtype)
+    log_without_gpu("training on the CPU (the full recipe would take days)")
+    compiled = "torch.compile" if args.compile else "no torch.compile"
+    hardware = f"{device_name()}, {precision_name(precision)}, {compiled}"
+    log(f"device      {hardware}, {args.workers} workers")
+
+    splits = load_splits(args, checkpoint)
+    run = describe_run(settings, splits, checkpoint)
+    log(f"data        {count_photos(run['num_photos'])}, {len(run['classes'])} classes")
+    log(f"settings    {settings_line(settings)}")
+    train_batch_sizes(len(splits["train"]), args.batch_size)  # Raises InputError.
+    parts = build_parts(args, checkpoint, len(run["classes"]), precision)
+    if args.compile:
+        compile_full_batches(parts["model"], args.batch_size // WORLD_SIZE)
+        log("compiling   takes a minute or two of the first epoch")
+
+    in_first_process(claim_folder, args, settings, checkpoint)
+    try:
+        train(args, run, splits, parts, precision)
+    except Exception:
+        if RANK == 0 and not (args.output_dir / "last_checkpoint.pth").exists():
+            # Nothing was saved: the corrected command may use the folder.
+            (args.output_dir / "settings.json").unlink(missing_ok=True)
+        raise
+    log_result(args, run)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -90,9 +90,8 @@ def textbook_tta(model, cars: dict, sizes: tuple[int, int, int]) -> torch.Tensor
 # ---------------------------------------------------------------- measuring
 
 
-def input_rate(loader: DataLoader) -> float:
+def input_rate(batches: Iterator) -> float:
     """Photos per second of a loader, from its first batch on: without the start of its workers."""
-    batches = iter(loader)
     next(batches)
     start = time.perf_counter()
     photos = sum(len(labels) for _, labels in batches)
@@ -143,7 +142,7 @@ def input_rows(cars: dict, resolution: int, args: argparse.Namespace):
     count = args.photos or 640
     cars = repeated(cars, count)
     crops = {"train": train.random_crop, "test": train.center_crop}
-    photos = train.CarPhotos(cars, crops, resolution)
+    photos = train.CroppedPhotos(cars, crops, resolution)
     for split, workers in itertools.product(cars, (1, 2)):
         textbook_batches = textbook_loader(cars, split, resolution, 16, workers)
         keys = [(split, row, row) for row in range(count)]
@@ -151,8 +150,9 @@ def input_rows(cars: dict, resolution: int, args: argparse.Namespace):
         ours = []
         textbook = []
         for _ in range(args.repeats):
-            ours.append(input_rate(train.make_loader(photos, batches, workers)))
-            textbook.append(input_rate(textbook_batches))
+            with train.open_loader(photos, batches, workers) as our_batches:
+                ours.append(input_rate(our_batches))
+            textbook.append(input_rate(iter(textbook_batches)))
         print_row(f"{split} input, workers: {workers}", resolution, ours, textbook)
 
 
@@ -172,7 +172,8 @@ def run_rows(cars: dict, resolution: int, args: argparse.Namespace):
     with (
         tempfile.TemporaryDirectory() as folder,
         contextlib.redirect_stdout(sys.stderr),
-        mock.patch.object(train, "load_cars", lambda *args, **options: cars),
+        mock.patch.object(train, "load_splits", lambda *args: cars),
+        mock.patch.object(evaluation, "load_evaluated_split", lambda *args: cars["test"]),
     ):
         recipe = f"--weights none --resolution {resolution} --batch-size {batch_size} --lr 0.001"
         precision = [] if args.amp else ["--no-amp"]
@@ -223,8 +224,9 @@ def main(argv: list[str] | None = None):
     add("--repeats", type=int, default=3, help="measurements behind each median (%(default)s)")
     # fmt: on
     args = parser.parse_args(argv)
-    cars = train.load_cars(args.dataset)
-    precision = train.pick_precision(args.amp)
+    sources = train.find_splits(args.dataset, ["train", "test"])
+    cars = {split: train.load_split(sources, split) for split in ("train", "test")}
+    precision = train.pick_precision(args.amp, None)
     print(f"{train.DEVICE.type}, {precision} beside float32, {train.DEFAULT_WORKERS} workers")
     print(f"torch {torch.__version__}, medians of {args.repeats} (lowest–highest)\n")
     for resolution in args.resolution:

@@ -1,3 +1,10 @@
+"""Fixtures. The tests run on the CPU, also on a machine with a GPU. To run them on a GPU:
+
+    CUDA_VISIBLE_DEVICES=0 python -m pytest -q tests
+
+Tests that need a CPU or several devices are then skipped, with the reason.
+"""
+
 import os
 import signal
 import sys
@@ -11,25 +18,28 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")])
 # It would hide that a script keeps back what it has printed.
 os.environ.pop("PYTHONUNBUFFERED", None)
+# Before torch is imported: no GPU, unless it is named.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+# Looking for a GPU must not initialize CUDA: a copy of such a process cannot use it.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+# Threads that wait for each other cost more than they gain here.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before datasets is imported: no test reads or fills the user's cache.
 CACHE = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
 os.environ["HF_HOME"] = CACHE.name
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Before torch is imported: threads that wait for each other cost more than they gain here.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import datasets  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-import torchvision.models.resnet  # noqa: E402
 from draw_cars import draw_cars  # noqa: E402
 from scripts import SMALL, Fork  # noqa: E402
-from small import use_small_resnet  # noqa: E402
+from small import REAL_NETWORK, use_small_network  # noqa: E402
 
-use_small_resnet()
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 
+use_small_network()
 datasets.disable_progress_bars()
 
 
@@ -39,17 +49,27 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: long by design; runs with --slow")
+    config.addinivalue_line("markers", "cpu(reason): skipped on a GPU, for this reason")
 
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))
+        needs_cpu = item.get_closest_marker("cpu")
+        if needs_cpu and torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason=f"needs a CPU: {needs_cpu.args[0]}"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def float32_products():
+    """TF32 rounds to 10 bits, more than the tests' bounds allow. train.py's `main` turns it on."""
+    torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture(scope="session")
 def cars(tmp_path_factory) -> Path:
-    """The drawn data set, with two train photos and one test photo of each of its eight classes."""
+    """The drawn dataset, with two train photos and one test photo of each of its eight classes."""
     folder = tmp_path_factory.mktemp("cars")
     draw_cars(folder, train_per_class=2, test_per_class=1, width=80)
     return folder
@@ -57,9 +77,8 @@ def cars(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def real_network(monkeypatch):
-    """ResNet-50 itself, where the network is the point."""
-    for script in (train, evaluation):
-        monkeypatch.setattr(script, "resnet50", torchvision.models.resnet.resnet50)
+    """The network of train.py itself, where it is the point."""
+    monkeypatch.setattr(train, "NETWORK", REAL_NETWORK)
 
 
 @pytest.fixture
@@ -69,7 +88,7 @@ def one_thread():
 
 
 def call(main, flags: list) -> int:
-    """Call a script's `main` as the script does; returns the exit status."""
+    """Call a script's `main` as the script does. Returns the exit status."""
     argv = [str(flag) for flag in flags]
     try:
         train.run_command(lambda: main(argv))
@@ -83,14 +102,14 @@ def call(main, flags: list) -> int:
 
 @pytest.fixture
 def run_train(capfd, cars):
-    """Run train.py in this process, with small settings: exit status, output and errors."""
+    """Run train.py in this process, with small settings."""
     common = ["--dataset", cars, *SMALL]
     return lambda *flags: (call(train.main, [*common, *flags]), *capfd.readouterr())
 
 
 @pytest.fixture
 def run_eval(capfd):
-    """Run eval.py in this process: exit status, output and errors."""
+    """Run eval.py in this process."""
     common = ["--workers", 0, "--no-amp"]
     return lambda *flags: (call(evaluation.main, [*common, *flags]), *capfd.readouterr())
 
@@ -114,7 +133,7 @@ def fork(tmp_path):
 
 @pytest.fixture
 def ranks(fork, cars):
-    """Run spy.py in processes that find each other as those of torchrun do: how each has ended."""
+    """Run train.py in processes that find each other as those of torchrun do, on CPUs."""
 
     def run(processes: int, *flags, **environment) -> list[tuple[int, str, str]]:
         # It chooses a free port, as torchrun does.
@@ -122,7 +141,8 @@ def ranks(fork, cars):
         environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": store.port}
         environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": 1}
         environment |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-        command = ["tests/spy.py", "--dataset", cars, *SMALL, *flags]
+        environment |= {"CUDA_VISIBLE_DEVICES": ""}
+        command = ["train.py", "--dataset", cars, *SMALL, *flags]
         places = [{"RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
         started = [fork(*command, **environment, **place) for place in places]
         return [process.end() for process in started]
@@ -141,7 +161,7 @@ def finished(cars, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> SimpleNamespace:
-    """A drawn data set of 96 + 32 photos, and the folder of a short run on it."""
+    """A drawn dataset of 96 + 32 photos, and the folder of a short run on it."""
     cars, run = tmp_path_factory.mktemp("cars"), tmp_path_factory.mktemp("run")
     draw_cars(cars, train_per_class=12, test_per_class=4)
     flags = [*SMALL, "--resolution", 64, "--batch-size", 16, "--epochs", 2]

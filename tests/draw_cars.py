@@ -1,11 +1,11 @@
-"""Draw a small data set of cars, for the tests and for trying the program with no network.
+"""Draw a small dataset of cars, for the tests and for trying the program with no network.
 
     python tests/draw_cars.py drawn_cars           # 8 classes, 320 + 80 photos, two seconds
     python tests/draw_cars.py large --width 608    # as wide as the average photo of Stanford Cars
 
 Each class is a body: its outline, its wheels, its windows and its details. Colour, place, scale,
 direction, background, light and noise vary from photo to photo. The folder is laid out as the Hub
-repository of Stanford Cars is: README.md with the data set's card, and data/*.parquet, one a split.
+repository of Stanford Cars is: README.md with the dataset's card, and data/*.parquet, one a split.
 """
 
 import argparse
@@ -217,7 +217,7 @@ def draw_cars(
     width: int = 160,
     seed: int = 0,
 ):
-    """Write the data set to `folder`; the same arguments give the same photos."""
+    """Write the dataset to `folder`; the same arguments give the same photos."""
     names = sorted(BODIES)
     rng = np.random.default_rng(seed)
     (folder / "data").mkdir(parents=True, exist_ok=True)
@@ -232,7 +232,7 @@ if __name__ == "__main__":
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("folder", type=Path, help="where the data set is written")
+    add("folder", type=Path, help="where the dataset is written")
     add("--train", type=int, default=40, help="train photos of each class (%(default)s)")
     add("--test", type=int, default=10, help="test photos of each class (%(default)s)")
     add("--width", type=int, default=160, help="mean width in pixels (%(default)s)")

@@ -1,4 +1,15 @@
-"""Start train.py, eval.py and spy.py in processes of their own, and say how they ended."""
+"""Start train.py and eval.py, and say how they ended: status, standard output, standard error.
+
+There are three ways, from the fastest to the most real:
+
+- the fixtures `run_train` and `run_eval` (conftest.py) call `main` in the tests' own process: for
+  all that needs no process of its own. They can be monkeypatched;
+- the fixtures `fork` and, for several processes, `ranks` run spy.py in a copy of a process that has
+  imported the libraries: for kills, signals, workers that die and torchrun's variables;
+- `run` starts `python SCRIPT` as a user does: for imports, warnings and torchrun itself.
+
+The first two use the small network, the third one uses ResNet-50 itself.
+"""
 
 import multiprocessing
 import os
@@ -8,8 +19,6 @@ import sys
 import time
 from pathlib import Path
 
-from small import use_small_resnet
-
 ROOT = Path(__file__).parent.parent
 # Flags of train.py with which an epoch takes less than a second.
 SMALL = "--weights none --resolution 33 --batch-size 8 --lr 0.01 --workers 0".split()
@@ -18,23 +27,18 @@ SMALL += ["--no-compile", "--no-amp"]
 HANGS = 120
 
 
-def start(*arguments, small: bool = True, environment: dict | None = None, **options):
-    """Start `python SCRIPT FLAG…` as a user does, with ResNet-50 itself where not `small`."""
-    replace_network = ["tests/small.py"] if small else []
-    command = [sys.executable, *replace_network, *map(str, arguments)]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    environment = {**os.environ, **(environment or {})}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **options)
-
-
-def run(*arguments, **options) -> tuple[int, str, str]:
-    """`start` and wait; returns exit status, standard output and standard error."""
-    with start(*arguments, **options) as process:
-        try:
-            out, err = process.communicate(timeout=HANGS)
-        finally:
-            process.kill()
-    return process.returncode, out, err
+def run(*arguments, environment: dict | None = None, **options) -> tuple[int, str, str]:
+    """Run `python ARGUMENTS` to its end."""
+    process = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=HANGS,
+        **options,
+    )
+    return process.returncode, process.stdout, process.stderr
 
 
 FORKSERVER = multiprocessing.get_context("forkserver")
@@ -42,14 +46,11 @@ FORKSERVER.set_forkserver_preload(["train", "eval"])
 
 
 class Fork(FORKSERVER.Process):
-    """A script with the small network, and its workers, in a process group of their own.
-
-    It is a copy of a process that has imported the libraries, which takes most of a test's time.
-    """
+    """spy.py with a script, and its workers, in a process group of their own."""
 
     def __init__(self, script: str, *flags, folder: Path, **environment):
         super().__init__()
-        self.argv = [str(ROOT / script), *map(str, flags)]
+        self.argv = ["spy.py", str(ROOT / script), *map(str, flags)]
         self.out = folder / "out"
         self.err = folder / "err"
         self.environment = {name: str(value) for name, value in environment.items()}
@@ -61,15 +62,15 @@ class Fork(FORKSERVER.Process):
         """What the new process does."""
         os.setsid()
         for path, descriptor in ((self.out, 1), (self.err, 2)):
-            os.dup2(os.open(path, os.O_WRONLY), descriptor)
+            os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
         os.environ.update(self.environment)
-        for name in ("train", "eval"):
+        # They have read the environment of the fork server.
+        for name in ("train", "eval", "small"):
             sys.modules.pop(name, None)
         # The script's own workers start as they do elsewhere.
         multiprocessing.set_start_method(None, force=True)
-        use_small_resnet()
         sys.argv = self.argv
-        runpy.run_path(self.argv[0], run_name="__main__")
+        runpy.run_path(str(ROOT / "tests/spy.py"), run_name="__main__")
 
     def wait_for(self, beginning: str):
         """Wait for a line on standard output."""
@@ -78,20 +79,34 @@ class Fork(FORKSERVER.Process):
             time.sleep(0.02)
 
     def end(self) -> tuple[int, str, str]:
-        """Wait for the end; returns exit status, standard output and standard error."""
+        """Wait for the end."""
         self.join(HANGS)
         return self.exitcode, self.out.read_text(), self.err.read_text()
 
 
+def children(pid: int) -> list[int]:
+    """Return the process numbers of a process's children, as Linux tells them."""
+    lists = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    return [int(child) for child in " ".join(lists).split()]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2]
+    except FileNotFoundError:
+        return False
+    return not state.startswith("Z")
+
+
 def success(outcome: tuple[int, str, str]) -> str:
-    """The standard output of a script that has done its work."""
+    """Return the standard output of a script that has done its work."""
     status, out, err = outcome
     assert status == 0, err
     return out
 
 
 def refusal(outcome: tuple[int, str, str]) -> str:
-    """The one line that a script says where the user can put something right."""
+    """Return the one line that a script prints about a mistake the user can fix."""
     status, _, err = outcome
     assert status == 1, err
     assert err.count("\n") == 1, err

@@ -1,31 +1,29 @@
 """A ResNet of four blocks in place of ResNet-50, for tests in which the network is not the point.
 
 It has ResNet-50's stem, its blocks and its 2048 features, but 3 M parameters instead of 25 M: two
-epochs of the tests' data take 2 s instead of 11. conftest.py puts it in place for runs in the
-tests' own process; as a command, this file does so for a script that the tests start as a user does:
-
-    python tests/small.py train.py --epochs 1
+epochs of the tests' data take 2 s instead of 11.
 """
 
-import runpy
-import sys
-from pathlib import Path
+from types import SimpleNamespace
 
-import torchvision
-from torchvision.models.resnet import Bottleneck, ResNet
+from torchvision.models.resnet import Bottleneck, ResNet, ResNet50_Weights
+
+import train
 
 
 def small_resnet(num_classes: int = 1000) -> ResNet:
     return ResNet(Bottleneck, [1, 1, 1, 1], num_classes, width_per_group=4)
 
 
-def use_small_resnet():
-    """Call it before the scripts are imported: they take resnet50 from torchvision.models."""
-    torchvision.models.resnet50 = small_resnet
+REAL_NETWORK = train.NETWORK
+SMALL_NETWORK = SimpleNamespace(
+    build=small_resnet,
+    weights=ResNet50_Weights.IMAGENET1K_V2,
+    head="fc",
+    gradcam_layer="layer4.0",
+)
 
 
-if __name__ == "__main__":
-    use_small_resnet()
-    sys.argv = sys.argv[1:]
-    sys.path.insert(0, str(Path(__file__).parent.parent))
-    runpy.run_path(sys.argv[0], run_name="__main__")
+def use_small_network():
+    """Let both scripts build the small network: train.NETWORK alone names it."""
+    train.NETWORK = SMALL_NETWORK

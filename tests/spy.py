@@ -1,17 +1,25 @@
-"""Run train.py with the small network, watched, and disturbed as the environment variables ask.
+"""Run train.py or eval.py with the small network, watched, and disturbed as variables ask:
 
-SPY_NOTES      a folder: each process notes its weights at the end and the photos that it decoded
-SPY_STILL      hold batch norm still, which else sees a process's own photos
+    python tests/spy.py train.py --epochs 1
+
+SPY_NOTES      a folder: each process writes its weights at the end, and the photos it decoded
+SPY_STILL      batch norm computes nothing: it would see only a process's own photos
 SPY_FLAGS      flags of the second process alone
-SPY_OVERFLOWS_AT  the step in which the second process's scaled loss overflows
-SPY_LACKS      the second process can read no weights
-SPY_ENDS_AT    the number of decoded photos at which the second process ends, once
-SPY_KILLED_AT  the number of files written and files moved at which the process is killed
-SPY_TIMEOUT    train.WORKER_TIMEOUT in seconds; a photo then takes a twentieth of it
+SPY_OVERFLOW   the step in which the second process's scaled loss overflows
+SPY_LACKS      the second process cannot read weights
+SPY_EXIT       the number of decoded photos after which the second process exits, once
+SPY_KILL       the number of files written and files moved after which the process is killed
+SPY_WRITE      seconds that each file takes to be written
+SPY_BUFFERS    note how often buffers are broadcast, by DistributedDataParallel and for evaluations
+SPY_COMPILE    compile with a backend that notes the batch sizes of the graphs, and graph breaks
+SPY_FORKSERVER new processes start from a fork server by default, as in Python 3.14
 """
 
+import functools
+import importlib
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -20,23 +28,22 @@ import zlib
 from pathlib import Path
 
 import torch
-from small import use_small_resnet
+from small import use_small_network
 
-use_small_resnet()
-import train  # noqa: E402
+import train
 
-NOTES = Path(os.environ.get("SPY_NOTES", "."))
 RANK = os.environ.get("RANK", "0")
-ENDS_AT = int(os.environ.get("SPY_ENDS_AT", 0))
-KILLED_AT = int(os.environ.get("SPY_KILLED_AT", 0))
-TIMEOUT = float(os.environ.get("SPY_TIMEOUT", 0))
+NOTES = Path(os.environ.get("SPY_NOTES", "."))
+KILL = int(os.environ.get("SPY_KILL", 0))
+EXIT = int(os.environ.get("SPY_EXIT", 0))
+WRITE = float(os.environ.get("SPY_WRITE", 0))
 
 decode_photo = train.decode_photo
-build_model = train.build_model
+build_network = train.build_network
 scale = torch.amp.GradScaler.scale
 write_bytes = Path.write_bytes
 replace = os.replace
-photos, models, writes, steps = [], [], [], []
+photos, networks, writes, steps = [], [], [], []
 
 
 def still_batch_norm(layer, images):
@@ -45,28 +52,28 @@ def still_batch_norm(layer, images):
 
 def noting_decode_photo(encoded):
     photos.append(zlib.crc32(encoded))
-    time.sleep(TIMEOUT / 20)
-    if RANK == "1" and len(photos) == ENDS_AT and not (NOTES / "ended").exists():
-        (NOTES / "ended").touch()
+    if RANK == "1" and len(photos) == EXIT and not (NOTES / "exited").exists():
+        (NOTES / "exited").touch()
         os._exit(3)
     return decode_photo(encoded)
 
 
-def noting_build_model(*args):
-    models.append(build_model(*args))
-    return models[-1]
+def noting_build_network(*args):
+    networks.append(build_network(*args))
+    return networks[-1]
 
 
 def overflowing_scale(scaler, loss):
     steps.append(None)
-    if len(steps) == int(os.environ["SPY_OVERFLOWS_AT"]):
+    if len(steps) == int(os.environ["SPY_OVERFLOW"]):
         return scale(scaler, loss) * math.inf
     return scale(scaler, loss)
 
 
 def killed_write_bytes(path, contents):
+    time.sleep(WRITE)
     writes.append(path)
-    if len(writes) == KILLED_AT:
+    if len(writes) == KILL:
         write_bytes(path, contents[: len(contents) // 2])
         os.kill(os.getpid(), signal.SIGKILL)
     return write_bytes(path, contents)
@@ -74,26 +81,71 @@ def killed_write_bytes(path, contents):
 
 def killed_replace(source, destination):
     writes.append(destination)
-    if len(writes) == KILLED_AT:
+    if len(writes) == KILL:
         os.kill(os.getpid(), signal.SIGKILL)
     replace(source, destination)
 
 
+def note_buffers() -> dict:
+    from torch.nn.parallel import DistributedDataParallel
+
+    counts = {"forward": 0, "evaluation": 0}
+    sync_buffers = DistributedDataParallel._sync_buffers
+    sync_batch_norm = train.sync_batch_norm
+
+    def noting_sync_buffers(network):
+        counts["forward"] += 1
+        sync_buffers(network)
+
+    def noting_sync_batch_norm(network):
+        counts["evaluation"] += 1
+        sync_batch_norm(network)
+
+    DistributedDataParallel._sync_buffers = noting_sync_buffers
+    train.sync_batch_norm = noting_sync_batch_norm
+    return counts
+
+
+def note_graphs() -> list[int]:
+    sizes = []
+    compile_with_torch = torch.compile
+
+    def note_sizes(graph, inputs):
+        images = [value for value in inputs if value.ndim == 4 and value.shape[1] == 3]
+        sizes.extend(value.shape[0] for value in images if value.shape[2] > 7)
+        return graph
+
+    torch.compile = functools.partial(compile_with_torch, backend=note_sizes)
+    return sizes
+
+
 if __name__ == "__main__":
+    script = importlib.import_module(Path(sys.argv[1]).stem)
+    sys.argv = sys.argv[1:]
+    use_small_network()
+    if "SPY_FORKSERVER" in os.environ:
+        multiprocessing.set_start_method("forkserver", force=True)
     if "SPY_STILL" in os.environ:
         torch.nn.BatchNorm2d.forward = still_batch_norm
     if RANK == "1":
         sys.argv += os.environ.get("SPY_FLAGS", "").split()
-        if "SPY_OVERFLOWS_AT" in os.environ:
+        if "SPY_OVERFLOW" in os.environ:
             torch.amp.GradScaler.scale = overflowing_scale
         if "SPY_LACKS" in os.environ:
             train.read_checkpoint = None
     train.decode_photo = noting_decode_photo
-    train.build_model = noting_build_model
-    train.WORKER_TIMEOUT = TIMEOUT or train.WORKER_TIMEOUT
+    train.build_network = noting_build_network
     Path.write_bytes = killed_write_bytes
     os.replace = killed_replace
-    train.run_command(train.main)
+    buffers = note_buffers() if "SPY_BUFFERS" in os.environ else {}
+    sizes = note_graphs() if "SPY_COMPILE" in os.environ else []
+    train.run_command(script.main)
+    if buffers:
+        (NOTES / f"buffers{RANK}.json").write_text(json.dumps(buffers))
+    if sizes:
+        breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
+        notes = {"sizes": sizes, "breaks": breaks}
+        (NOTES / f"graphs{RANK}.json").write_text(json.dumps(notes))
     if "SPY_NOTES" in os.environ:
-        torch.save(models[-1].state_dict(), NOTES / f"rank{RANK}.pth")
+        torch.save(networks[-1].state_dict(), NOTES / f"rank{RANK}.pth")
         (NOTES / f"rank{RANK}.json").write_text(json.dumps(photos))

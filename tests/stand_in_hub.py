@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub on loopback: serves one data set from a local folder."""
+"""A stand-in for the Hugging Face Hub on loopback: serves one dataset from a local folder."""
 
 import contextlib
 import hashlib
@@ -13,7 +13,7 @@ SAID = {401: "Invalid credentials in Authorization header"}
 
 @contextlib.contextmanager
 def stand_in_hub(folder: Path, repo: str, revision: str, status=200, dies_in=0, seconds=0):
-    """Serve `folder` as data set `repo` at `revision`; yields the URL and the paths fetched.
+    """Serve `folder` as dataset `repo` at `revision`; yields the URL and the paths fetched.
 
     A `status` that is not 200 is every answer. The server dies in the middle of the file number
     `dies_in`, from 1. A file takes so many `seconds`.

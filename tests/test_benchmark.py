@@ -1,6 +1,5 @@
 """benchmark.py: it runs and prints its rows, and its textbook computes what eval.py does."""
 
-import functools
 from types import SimpleNamespace
 
 import benchmark
@@ -33,13 +32,14 @@ def test_the_table_has_every_row(cars, capfd):
 
 
 def test_the_textbook_gives_the_logits_of_eval(trained):
-    test = train.load_cars(str(trained.cars), ("test",))["test"].select(range(16))
-    model = small_resnet(num_classes=8)
+    test = train.load_split(train.find_splits(str(trained.cars), ["test"]), "test")
+    test = test.select(range(16))
+    model = small_resnet(num_classes=8).to(train.DEVICE)
     model.load_state_dict(train.read_checkpoint(trained.run / "best_model.pth")["model"])
     expected = benchmark.textbook_tta(model, {"test": test}, sizes=(64, 8, 0))
-    views = functools.partial(evaluation.crop_views, tta=True)
-    photos = train.CarPhotos({"test": test}, {"test": views}, 64)
-    flags = SimpleNamespace(batch_size=8, workers=0, tta=True)
-    logits = evaluation.predict(model, photos, flags, torch.autocast("cpu", enabled=False))
-    mean = logits.mean(0)
+    flags = SimpleNamespace(batch_size=8, workers=0, tta=True, split="test", resolution=64)
+    photos = evaluation.views_of(test, flags)
+    autocast = train.autocast_to(torch.float32)
+    logits = [logits for _, logits, _ in evaluation.predict(model, photos, flags, autocast)]
+    mean = torch.cat(logits, dim=1).mean(0)
     assert (mean - expected).norm() < 2e-3 * expected.norm()
