@@ -942,8 +942,8 @@ def atomic_write(path: Path, write: Callable):
         draft.unlink(missing_ok=True)
 
 
-def open_run(args: argparse.Namespace, argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
-    """Return the flags, and the checkpoint of the run to resume: {} for a new run.
+def open_run(args: argparse.Namespace, argv: list[str] | None) -> tuple:
+    """Return the flags, the checkpoint to resume from ({} for none), and whether the run is new.
 
     Raises InputError if the folder holds another run, or cannot be written to.
     """
@@ -957,12 +957,10 @@ def open_run(args: argparse.Namespace, argv: list[str] | None) -> tuple[argparse
     if existing and not (args.resume or args.overwrite):
         choice = "choose --resume, --overwrite, or another --output-dir"
         raise InputError(f"{folder} already holds {', '.join(existing)}: {choice}")
-    if args.overwrite:
-        return args, {}
-    if not existing:
-        if args.resume:
-            log(f"no run in {folder} yet: starting one")
-        return args, {}
+    if args.resume and not existing:
+        log(f"no run in {folder} yet: starting one")
+    if args.overwrite or not existing:
+        return args, {}, True
 
     checkpoint = {}
     if existing == ["settings.json"]:
@@ -979,7 +977,7 @@ def open_run(args: argparse.Namespace, argv: list[str] | None) -> tuple[argparse
         # Earlier versions did not store the seconds since the first epoch began.
         seconds = sum(row["seconds"] for row in checkpoint["history"])
         checkpoint.setdefault("elapsed", seconds)
-    return args, checkpoint
+    return args, checkpoint, False
 
 
 def check_same_settings(args: argparse.Namespace, settings: dict):
@@ -1001,10 +999,8 @@ def resume_line(args: argparse.Namespace, checkpoint: dict) -> str:
     accuracy = f"{best[f'{selection}_accuracy']:.2%}"
     line = f"resuming after epoch {checkpoint['epoch']} of {args.epochs} "
     line += f"(best {accuracy} in epoch {best['epoch']})"
-    if best["epoch"] < checkpoint["epoch"] and not (args.output_dir / "best_model.pth").exists():
-        line += (
-            f"\nnote        best_model.pth is missing: it is saved again once {accuracy} is beaten"
-        )
+    if not (args.output_dir / "best_model.pth").exists():
+        line += f"\nnote        best_model.pth is missing: it is saved once {accuracy} is beaten"
     return line
 
 
@@ -1037,10 +1033,11 @@ def count_photos(num_photos: dict[str, int]) -> str:
     return " and ".join(f"{count} {split}" for split, count in num_photos.items()) + " photos"
 
 
-def claim_folder(args: argparse.Namespace, settings: dict, checkpoint: dict):
+def claim_folder(args: argparse.Namespace, settings: dict, is_new: bool):
     """Write settings.json, once nothing can be refused any more. Removes the run to overwrite.
 
-    A second run that starts in the same folder finds the file. Raises InputError if it is there.
+    Of two new runs that start in one folder, the second one finds the file of the first. Raises
+    InputError then.
     """
     folder = args.output_dir
     packages = ("torch", "torchvision", "torchcodec", "datasets", "numpy")
@@ -1051,7 +1048,7 @@ def claim_folder(args: argparse.Namespace, settings: dict, checkpoint: dict):
     contents = {"flags": settings, "versions": versions, "device": device_name()}
     text = json.dumps(contents, indent=2).encode()
     path = folder / "settings.json"
-    if args.resume and path.exists() or checkpoint:
+    if not is_new:
         atomic_write(path, lambda file: file.write(text))
         return
     with reported_as(f"cannot write {path}"):
@@ -1126,13 +1123,15 @@ def read_checkpoint(path: Path) -> dict:
                 raise ValueError(f"no state dict under {keys}: {name} is not a tensor")
         prefix = re.compile(r"^((_orig_mod|module)\.)+")
         state = {prefix.sub("", name): value for name, value in state.items()}
-        if not state or not all_finite(state):
+        if not state:
+            raise ValueError("it holds no weights")
+        if not all_finite(state):
             raise ValueError("the weights contain NaN or Inf")
     others = {} if state is checkpoint else checkpoint
     return {**others, "model": state}
 
 
-# ---------------------------------------------------------------- data: splits
+# ---------------------------------------------------------------- reading datasets
 
 
 def load_splits(args: argparse.Namespace, checkpoint: dict) -> dict[str, datasets.Dataset]:
@@ -1490,7 +1489,7 @@ def precision_name(precision: torch.dtype) -> str:
 
 def settings_line(settings: dict) -> str:
     """Return the flags of the recipe as text: "resolution 224, batch size 128, …"."""
-    not_recipe = ("dataset", "workers", "amp", "amp_dtype", "compile")
+    not_recipe = ("dataset", "val_split", "workers", "amp", "amp_dtype", "compile")
     recipe = {name: value for name, value in settings.items() if name not in not_recipe}
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in recipe.items())
 
@@ -1518,7 +1517,7 @@ def main(argv: list[str] | None = None):
     args = parse_args(argv)
     set_up_torch()
     torch.backends.cudnn.benchmark = True  # Picks the fastest kernels, by timing them.
-    args, checkpoint = in_first_process(open_run, args, argv)
+    args, checkpoint, is_new = in_first_process(open_run, args, argv)
     if checkpoint:
         if args.epochs <= checkpoint["epoch"]:
             log(f"nothing to train: {checkpoint['epoch']} of {args.epochs} epochs are done")
@@ -1545,7 +1544,7 @@ def main(argv: list[str] | None = None):
         compile_full_batches(parts["model"], args.batch_size // WORLD_SIZE)
         log("compiling   takes a minute or two of the first epoch")
 
-    in_first_process(claim_folder, args, settings, checkpoint)
+    in_first_process(claim_folder, args, settings, is_new)
     try:
         train(args, run, splits, parts, precision)
     except Exception:

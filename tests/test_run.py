@@ -234,8 +234,9 @@ def test_resume_takes_the_flags_of_a_run_that_has_not_saved_an_epoch(old, capfd)
     assert len(read_history(old)) == 2
 
 
+@pytest.mark.parametrize("flags", [[], ["--resume"]])
 def test_of_two_runs_that_start_in_one_folder_the_second_is_refused(
-    run_train, tmp_path, monkeypatch
+    run_train, tmp_path, monkeypatch, flags
 ):
     build_parts = train.build_parts
 
@@ -245,7 +246,7 @@ def test_of_two_runs_that_start_in_one_folder_the_second_is_refused(
         return build_parts(*args)
 
     monkeypatch.setattr(train, "build_parts", start_another)
-    err = refusal(run_train("--epochs", 2, "--output-dir", tmp_path))
+    err = refusal(run_train("--epochs", 2, "--output-dir", tmp_path, *flags))
     assert f"another run has started in {tmp_path}: choose another --output-dir" in err
     assert len(read_history(tmp_path)) == 1
     assert names_in(tmp_path) == FILES
@@ -322,7 +323,7 @@ def test_resume_from_last_checkpoint_alone_says_when_best_model_comes(run_train,
     flags = ["--resume", "--output-dir", old, "--step-size", 1, "--epochs", 3]
     out = success(run_train(*flags))
     assert out.startswith("resuming after epoch 2 of 3 (best 100.00% in epoch 1)\n")
-    assert "best_model.pth is missing: it is saved again once 100.00% is beaten" in out
+    assert "best_model.pth is missing: it is saved once 100.00% is beaten" in out
     assert not (old / "best_model.pth").exists()
 
 
