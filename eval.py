@@ -33,11 +33,11 @@ from sklearn.metrics import ConfusionMatrixDisplay, precision_recall_fscore_supp
 
 import train
 
-# The shorter side, in pixels at 224 px, that a view is resized to. The first one is the view that
-# training evaluates; TTA adds the others.
+# center_crop's resize_at_224 for each view. Training evaluates the first one; TTA adds the others.
 VIEW_SIDES = (256, 224, 288)
+DEFAULT_BATCH_SIZE = 64 if train.DEVICE.type == "cuda" else 16
 MAKE_MODEL_YEAR = re.compile(r"\S+ .* (19|20)\d\d")
-# How the errors of metrics.json are called in the report.
+# Titles of the kinds of errors in the report, by their names in metrics.json.
 ERROR_KINDS = {
     "year_only": "wrong year, right model",
     "same_make": "wrong model or body, right make",
@@ -53,7 +53,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     # fmt: off
     add("--checkpoint", type=train.path_type, default=Path("best_model.pth"),
-        help="checkpoint of train.py, or another ResNet-50 (default: %(default)s)")
+        help="checkpoint of train.py, or a state dict of its network (default: %(default)s)")
     add("--dataset", type=train.dataset_type,
         help="name of a Hub dataset, or path of a folder (default: the run's)")
     add("--split", default="test",
@@ -61,15 +61,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--images", nargs="+", type=train.path_type, metavar="PATH",
         help="classify these photos, and those in these folders, instead of a split")
     add("--tta", action="store_true",
-        help="also average the logits of six views")
+        help="also evaluate the mean logits of six views; with --images, only these")
     add("--num-gradcam", type=train.number(int, 0, 100), default=16,
-        help="photos to draw GradCAM maps of; 0 draws none and deletes older GradCAM pictures "
-        "(default: %(default)s)")
+        help="random photos to draw GradCAM maps of, and of the worst errors at most 5; 0 draws "
+        "none and deletes older GradCAM pictures (default: %(default)s)")
     add("--seed", type=train.number(int, 0, 2**32 - 1), default=42,
         help="seed that picks the photos for GradCAM (default: %(default)s)")
     add("--resolution", type=train.number(int, 32),
         help="side of the crops in pixels (default: the run's, else 224)")
-    add("--batch-size", type=train.number(int, 1), default=64 if torch.cuda.is_available() else 16,
+    add("--batch-size", type=train.number(int, 1), default=DEFAULT_BATCH_SIZE,
         help="photos per batch (default: %(default)s)")
     add("--workers", type=train.number(int, 0), default=train.DEFAULT_WORKERS,
         help="processes that load photos (default: %(default)s)")
@@ -84,14 +84,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 # ---------------------------------------------------------------- network and predictions
 
 
-def load_network(checkpoint: dict) -> torch.nn.Module:
-    """Return the network of `checkpoint` on DEVICE, in evaluation mode.
+def load_network(state: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """Return train.NETWORK with the weights `state` on DEVICE, in evaluation mode.
 
-    Only the layer of GradCAM needs gradients, so those before it keep no activations.
+    Only the layer of GradCAM needs gradients, so the layers before it keep no activations. Raises
+    ValueError or RuntimeError for the weights of another network.
     """
-    num_classes = len(checkpoint["model"][f"{train.NETWORK.head}.bias"])
-    network = train.build_network("none", num_classes)
-    network.load_state_dict(checkpoint["model"])
+    bias = f"{train.NETWORK.head}.bias"
+    if bias not in state:
+        raise ValueError(f"it has no {bias}: these are the weights of another network, or no head")
+    network = train.build_network("none", num_classes=len(state[bias]))
+    network.load_state_dict(state)
     network.to(train.DEVICE, memory_format=torch.channels_last).eval()
     network.requires_grad_(False)
     gradcam_layer(network).requires_grad_(True)
@@ -108,8 +111,8 @@ def crop_views(photo: torch.Tensor, resolution: int, tta: bool) -> torch.Tensor:
     return torch.stack([train.center_crop(photo, resolution, side) for side in sides])
 
 
-def views_of(photos: datasets.Dataset, args: argparse.Namespace) -> train.CroppedPhotos:
-    """Return a dataset whose items are views and label of the photos."""
+def view_dataset(photos: datasets.Dataset, args: argparse.Namespace) -> train.CroppedPhotos:
+    """Return a dataset whose items are the views of a photo and its label."""
     crop = functools.partial(crop_views, tta=args.tta)
     return train.CroppedPhotos({args.split: photos}, {args.split: crop}, args.resolution)
 
@@ -120,33 +123,36 @@ class OwnPhotos(train.CroppedPhotos):
     In place of a label, an item has the reason why its photo cannot be decoded, or "".
     """
 
-    def __getitems__(self, keys: list[tuple[str, int, int]]) -> list[tuple[torch.Tensor, str]]:
+    def __getitems__(self, indices: list[tuple[str, int, int]]) -> list[tuple[torch.Tensor, str]]:
         items = []
-        for key in keys:
+        for index in indices:
             try:
-                [(views, _)] = super().__getitems__([key])
-                items.append((views, ""))
+                [(views, _)] = super().__getitems__([index])
+                reason = ""
             except train.InputError as error:
+                split = index[0]
                 black = torch.zeros(3, self.resolution, self.resolution, dtype=torch.uint8)
-                items.append((self.crops[key[0]](black, self.resolution), str(error)))
+                views = self.crops[split](black, self.resolution)
+                reason = str(error)
+            items.append((views, reason))
         return items
 
 
 @torch.no_grad()
 def predict(network, photos: train.CroppedPhotos, args, autocast) -> Iterator[tuple]:
-    """Yield for each batch its views, their logits, and the second parts of the items.
+    """Yield the views of each batch, their logits, and the labels (for OwnPhotos: the reasons).
 
     Views are (B, 1, R, R, 3) uint8, with TTA (B, 3, R, R, 3). Logits are (1, B, classes) float32 on
     the CPU, with TTA (6, B, classes): the three views, then the same mirrored. Raises InputError if
-    logits are not finite.
+    logits are NaN or Inf.
     """
     [(split, rows)] = photos.splits.items()
-    keys = train.evaluation_keys(split, len(rows), args.batch_size)
-    with train.open_loader(photos, keys, args.workers) as batches:
-        for views, labels in train.take_batches(batches, len(keys), split, "photos"):
-            crops = list(views.to(train.DEVICE, non_blocking=True).unbind(1))
+    index_batches = train.eval_batches(split, len(rows), args.batch_size)
+    with train.open_loader(photos, index_batches, args.workers) as batches:
+        for views, labels in train.take_batches(batches, len(index_batches), f"{split} photos"):
+            crops = list(views.to(train.DEVICE, non_blocking=True).unbind(1))  # (B, R, R, 3) each
             if args.tta:
-                crops += [crop.flip(-2) for crop in crops]
+                crops += [crop.flip(2) for crop in crops]
             with autocast:
                 logits = [network(train.move_and_normalize(crop)).float() for crop in crops]
             logits = torch.stack(logits).cpu()
@@ -190,40 +196,40 @@ def calibration_error(confidences: torch.Tensor, correct: torch.Tensor) -> float
     return gap_sums.abs().sum().item() / len(gaps)
 
 
-def class_table(names: DataFrame, classes: list[str]) -> DataFrame:
+def class_table(predictions: DataFrame, classes: list[str]) -> DataFrame:
     """Return precision, recall, F1 (0…1) and the number of photos ("support") of each class.
 
-    `names` has the columns "true" and "predicted".
+    `predictions` has the columns "true" and "predicted", of class names.
     """
     scores = precision_recall_fscore_support(
-        names["true"], names["predicted"], labels=classes, zero_division=0
+        predictions["true"], predictions["predicted"], labels=classes, zero_division=0
     )
     columns = ("precision", "recall", "f1-score", "support")
     return DataFrame({"class": classes, **dict(zip(columns, scores, strict=True))})
 
 
-def confused_pairs(names: DataFrame) -> DataFrame:
+def confused_pairs(predictions: DataFrame) -> DataFrame:
     """Return the ten most frequent pairs of true and predicted class that differ.
 
     "share" (0…1) is the share of the true class's photos.
     """
-    errors = names[names["true"] != names["predicted"]]
+    errors = predictions[predictions["true"] != predictions["predicted"]]
     pairs = errors.value_counts().head(10).reset_index()
-    support = pairs["true"].map(names["true"].value_counts())
+    support = pairs["true"].map(predictions["true"].value_counts())
     pairs["share"] = pairs["count"] / support.astype(float)
     return pairs
 
 
-def error_kinds(names: DataFrame) -> dict:
+def error_kinds(predictions: DataFrame) -> dict:
     """Count the errors of names like "Audi TT Hatchback 2011" by what is wrong.
 
     Also returns the accuracy (0…1) if the year may be wrong, and if only the make (the first word)
     has to be right.
     """
-    correct = names["true"] == names["predicted"]
-    models = names.map(lambda name: name.rpartition(" ")[0])  # without the year
+    correct = predictions["true"] == predictions["predicted"]
+    models = predictions.map(lambda name: name.rpartition(" ")[0])  # without the year
     correct_model = models["true"] == models["predicted"]
-    makes = names.map(lambda name: name.partition(" ")[0])
+    makes = predictions.map(lambda name: name.partition(" ")[0])
     correct_make = makes["true"] == makes["predicted"]
     return {
         "year_only": int((correct_model & ~correct).sum()),
@@ -235,12 +241,12 @@ def error_kinds(names: DataFrame) -> dict:
 
 
 def compute_metrics(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> dict:
-    """Return the figures of (N, classes) float32 logits and (N,) int64 labels; shares in 0…1."""
+    """Return the metrics of (N, classes) float32 logits and (N,) int64 labels; shares in 0…1."""
     predicted = logits.argmax(1)
     correct = predicted == labels
     indices = DataFrame({"true": labels.numpy(), "predicted": predicted.numpy()})
-    names = indices.map(classes.__getitem__)
-    per_class = class_table(names, classes)
+    predictions = indices.map(classes.__getitem__)
+    per_class = class_table(predictions, classes)
     metrics = proportion(correct)
     if len(classes) > 5:
         in_top5 = (logits.topk(5).indices == labels[:, None]).any(1)
@@ -249,9 +255,9 @@ def compute_metrics(logits: torch.Tensor, labels: torch.Tensor, classes: list[st
     metrics["loss"] = F.cross_entropy(logits.double(), labels).item()
     metrics["calibration_error"] = calibration_error(logits.softmax(1).amax(1), correct)
     metrics["per_class"] = per_class.to_dict("records")
-    metrics["confused_pairs"] = confused_pairs(names).to_dict("records")
+    metrics["confused_pairs"] = confused_pairs(predictions).to_dict("records")
     if all(MAKE_MODEL_YEAR.fullmatch(name) for name in classes):
-        metrics["errors"] = error_kinds(names)
+        metrics["errors"] = error_kinds(predictions)
     return metrics
 
 
@@ -327,7 +333,7 @@ def print_table(title: str, table: DataFrame):
 
 
 def summarize(metrics: dict) -> dict[str, str]:
-    """Return the names and texts of the figures that the summary shows."""
+    """Return the titles and texts of the metrics that the summary shows."""
     summary = {"accuracy": format_proportion(metrics)}
     if "top5" in metrics:
         summary["top-5 accuracy"] = format_proportion(metrics["top5"])
@@ -343,11 +349,11 @@ def summarize(metrics: dict) -> dict[str, str]:
     return summary
 
 
-def format_proportion(figures: dict) -> str:
+def format_proportion(metrics: dict) -> str:
     """Return "91.78% (7380 of 8041, 95% CI 91.2–92.4)"."""
-    low, high = 100 * figures["ci95_low"], 100 * figures["ci95_high"]
-    counts = f"{figures['correct']} of {figures['total']}"
-    return f"{figures['accuracy']:.2%} ({counts}, 95% CI {low:.1f}–{high:.1f})"
+    counts = f"{metrics['correct']} of {metrics['total']}"
+    interval = f"{100 * metrics['ci95_low']:.1f}–{100 * metrics['ci95_high']:.1f}"
+    return f"{metrics['accuracy']:.2%} ({counts}, 95% CI {interval})"
 
 
 def print_report(metrics: dict, split: str):
@@ -378,7 +384,7 @@ def save(path: Path, write: Callable, **options):
 
 
 def save_table(path: Path, table: DataFrame):
-    # Without a byte order mark, Excel shows other letters than ASCII wrongly.
+    # Without a byte order mark, Excel misreads non-ASCII text.
     save(path, table.to_csv, index=False, encoding="utf-8-sig")
 
 
@@ -390,14 +396,14 @@ def save_figure(path: Path, figure: Figure):
 
 
 @matplotlib.rc_context({"text.parse_math": False})  # A name with two $ is not a formula.
-def plot_confusion(names: DataFrame, classes: list[str], title: str) -> Figure:
+def plot_confusion(predictions: DataFrame, classes: list[str], title: str) -> Figure:
     """Plot how the photos of each true class are predicted, as shares (0…1); 0 is white."""
     side = 0.16 * len(classes) + 6.5  # inches
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
     display = ConfusionMatrixDisplay.from_predictions(
-        names["true"],
-        names["predicted"],
+        predictions["true"],
+        predictions["predicted"],
         labels=classes,
         normalize="true",
         include_values=len(classes) <= 20,
@@ -427,8 +433,9 @@ def plot_grad_cam(crops: list, maps: list, panels: DataFrame) -> Figure:
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid:
         axes.axis("off")
-    panels = panels.itertuples()
-    for axes, crop, heat, panel in zip(grid, crops, maps, panels, strict=False):
+    for axes, crop, heat, panel in zip(
+        grid[: len(crops)], crops, maps, panels.itertuples(), strict=True
+    ):
         image = crop.numpy() / np.float32(255)
         overlay = show_cam_on_image(image, heat, use_rgb=True, image_weight=0.6)
         axes.imshow(np.concatenate([image, overlay / 255], axis=1))
@@ -470,15 +477,19 @@ def split_panels(predictions: DataFrame, classes: list[str]) -> DataFrame:
 def load_evaluated_split(args: argparse.Namespace, checkpoint: dict) -> datasets.Dataset:
     """Return the photos of --split, with labels that are indices into the checkpoint's classes.
 
-    Of a run with --val-split, "val" is what was held out. Raises InputError.
+    If the run held out a part of the train split (--val-split), "val" and "train" are the parts.
+    Raises InputError.
     """
     classes = checkpoint.get("classes")
+    fraction = checkpoint.get("settings", {}).get("val_split", 0)
+    is_part = fraction > 0 and args.split in ("train", "val")
     with train.reported_as(f"cannot load --dataset {args.dataset}"):
-        held_out = checkpoint.get("settings", {}).get("val_split") if args.split == "val" else 0
-        sources = train.find_splits(args.dataset, ["train" if held_out else args.split])
-        if held_out and "val" not in sources:
-            train_split = train.load_split(sources, "train", classes)
-            return train.hold_out(train_split, held_out)["val"]
+        sources = train.find_splits(args.dataset, ["train" if is_part else args.split])
+        if is_part:
+            parts = train.hold_out(train.load_split(sources, "train", classes), fraction)
+            if train.fingerprint(parts["val"]) != checkpoint.get("val_fingerprint"):
+                raise ValueError("other photos than in the run would be held out")
+            return parts[args.split]
         if args.split not in sources and "val" in sources:
             raise ValueError(
                 f"it has no {args.split} split: evaluate its val split with --split val"
@@ -487,10 +498,10 @@ def load_evaluated_split(args: argparse.Namespace, checkpoint: dict) -> datasets
 
 
 def evaluate_split(args, photos: datasets.Dataset, network, autocast, run: dict):
-    """Print the report on a split, and write its figures, tables and pictures."""
+    """Print the report on a split, and write its metrics, tables and pictures."""
     classes = photos.features["label"].names
     labels = torch.tensor(photos["label"][:])
-    views = views_of(photos, args)
+    views = view_dataset(photos, args)
     start = time.perf_counter()
     batches = predict(network, views, args, autocast)
     logits = torch.cat([logits for _, logits, _ in batches], dim=1)
@@ -520,8 +531,8 @@ def evaluate_split(args, photos: datasets.Dataset, network, autocast, run: dict)
         "gradcam_worst.png": most_confident_errors(predictions, per_class).head(count),
     }
     for name, shown in pictures.items():
-        keys = [(args.split, row, 0) for row in shown["row"]]
-        crops = [views[key][0][0] for key in keys]  # the first view
+        items = [views[args.split, row, 0] for row in shown["row"]]
+        crops = [photo_views[0] for photo_views, _ in items]  # the first view
         draw_grad_cam(folder / name, network, crops, split_panels(shown, classes))
 
 
@@ -559,7 +570,7 @@ def classify_images(args, paths: list[str], network, classes: list[str], autocas
     images = [{"bytes": None, "path": path} for path in paths]
     photos = datasets.Dataset.from_dict({"image": images, "label": [0] * len(paths)})
     crop = functools.partial(crop_views, tta=args.tta)
-    own_photos = OwnPhotos({args.split: photos}, {args.split: crop}, args.resolution)
+    own_photos = OwnPhotos({"own": photos}, {"own": crop}, args.resolution)
     first_views = []
     all_logits = []
     reasons = []
@@ -600,47 +611,55 @@ def classify_images(args, paths: list[str], network, classes: list[str], autocas
 # ---------------------------------------------------------------- main
 
 
-def checkpoint_line(path: Path, checkpoint: dict) -> str:
-    """Return what is printed of a checkpoint: its epoch, and how that was chosen."""
+def checkpoint_line(path: Path, checkpoint: dict, chosen_on: str | None) -> str:
+    """Format the path of a checkpoint, its epoch, and how that was chosen."""
     line = f"checkpoint  {path}"
     if "epoch" in checkpoint:
         line += f": epoch {checkpoint['epoch']}"
     if "resolution" in checkpoint:
         line += f", trained at {checkpoint['resolution']} px"
-    for split in ("test", "val"):
-        if f"{split}_accuracy" in checkpoint:
-            line += f", chosen on the {split} split ({checkpoint[f'{split}_accuracy']:.2%})"
+    if chosen_on:
+        line += f", chosen on the {chosen_on} split ({checkpoint[f'{chosen_on}_accuracy']:.2%})"
     return line
 
 
+def split_of_choice(checkpoint: dict) -> str | None:
+    """Return the split on which train.py chose the epoch; None for other checkpoints."""
+    for split in ("test", "val"):
+        if f"{split}_accuracy" in checkpoint:
+            return split
+    return None
+
+
 def main(argv: list[str] | None = None):
-    """Evaluate as the flags `argv` say. Raises InputError for a mistake the user can fix."""
+    """Evaluate as the flags in `argv` say. Raises InputError for a mistake the user can fix."""
     args = parse_args(argv)
     if train.WORLD_SIZE > 1:
         raise train.InputError("start eval.py without torchrun: it uses one GPU")
     train.make_output_dir(args.output_dir)
     checkpoint = train.read_checkpoint(args.checkpoint)
     settings = checkpoint.get("settings", {})
+    chosen_on = split_of_choice(checkpoint)
     if args.resolution is None:
         args.resolution = checkpoint.get("resolution", 224)
     if args.dataset is None:
         args.dataset = settings.get("dataset", train.DEFAULT_DATASET)
     if args.amp is None:
         args.amp = settings.get("amp", True)
-    print(checkpoint_line(args.checkpoint, checkpoint))
-    train.set_up_torch()
+    print(checkpoint_line(args.checkpoint, checkpoint, chosen_on))
+    train.set_up()
     train.log_without_gpu("evaluating on the CPU")
     precision = train.pick_precision(args.amp, settings.get("amp_dtype"))
     autocast = train.autocast_to(precision)
     print(f"device      {train.device_name()}, {train.precision_name(precision)}")
     print(f"resolution  {args.resolution} px")
     with train.reported_as(f"cannot load the network of {args.checkpoint}"):
-        network = load_network(checkpoint)
-    num_classes = len(checkpoint["model"][f"{train.NETWORK.head}.bias"])
+        network = load_network(checkpoint["model"])
+    num_outputs = len(checkpoint["model"][f"{train.NETWORK.head}.bias"])
 
     if args.images:
         paths, problems = find_images(args.images)
-        classes = checkpoint.get("classes", [f"class {index}" for index in range(num_classes)])
+        classes = checkpoint.get("classes", [f"class {index}" for index in range(num_outputs)])
         if paths:
             problems += classify_images(args, paths, network, classes, autocast)
         if problems:
@@ -648,21 +667,24 @@ def main(argv: list[str] | None = None):
         return
 
     photos = load_evaluated_split(args, checkpoint)
-    count = photos.features["label"].num_classes
-    print(f"data        {args.dataset}: {len(photos)} {args.split} photos, {count} classes")
-    if count != num_classes:
-        raise train.InputError(f"the checkpoint has {num_classes} classes: name its --dataset")
+    num_classes = photos.features["label"].num_classes
+    print(f"data        {args.dataset}: {len(photos)} {args.split} photos, {num_classes} classes")
+    if num_classes != num_outputs:
+        counts = f"the checkpoint has {num_outputs} classes, and the dataset {num_classes}"
+        raise train.InputError(f"{counts}: pass the right --dataset")
     if "classes" not in checkpoint:
         print("warning     the checkpoint names no classes: assumed to be in the dataset's order")
+    if chosen_on == args.split:
+        print("note        the epoch was chosen on this split: its accuracy is a little optimistic")
     run = {
         "checkpoint": str(args.checkpoint),
         "epoch": checkpoint.get("epoch"),
-        "chosen_on": next((s for s in ("test", "val") if f"{s}_accuracy" in checkpoint), None),
+        "chosen_on": chosen_on,
         "split": args.split,
         "device": train.DEVICE.type,
         "precision": str(precision),
         "torch": torch.__version__,
-        "settings": vars(args),
+        "flags": vars(args),
     }
     evaluate_split(args, photos, network, autocast, run)
 

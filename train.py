@@ -1,16 +1,16 @@
 """Fine-tune an ImageNet-pretrained ResNet-50 on Stanford Cars: one stage of plain SGD.
 
-    python train.py --resolution 448 --batch-size 64    # 91.78% test accuracy in 50.3 min
-    python train.py                                     # 224 px: 89.38% in 18.9 min
+    python train.py --resolution 448 --batch-size 64    # the best accuracy
+    python train.py                                     # 224 px, in less than half the time
     python train.py --resume                            # continue a run that was stopped
     torchrun --nproc-per-node 4 train.py                # train on four GPUs
 
-The accuracies and times are those that github.com/patr1ckzhu/transfer-learning-stanford-cars
-reports for one RTX 5080. They have not been measured with this code yet.
+github.com/patr1ckzhu/transfer-learning-stanford-cars (the reference) reports a test accuracy of
+91.78% in 50.3 min at 448 px, and 89.38% in 18.9 min at 224 px, on one RTX 5080. This program has
+not been measured on a GPU yet.
 
-To change the recipe, change one of these: NETWORK, build_optimizer and learning_rate (the optimizer
-and its schedule), training_loss (label smoothing, mixup), random_crop (augmentation). eval.py
-imports this file and uses its data, network and checkpoint functions.
+To change the recipe, change "the recipe" below: nothing else knows the network, the crops, the
+loss, the optimizer or its schedule. eval.py imports this file.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import functools
 import glob
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import json
 import math
@@ -56,20 +57,13 @@ from torchvision.models import ResNet50_Weights, resnet50
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+TORCHCODEC_ERROR = None
 try:
     from torchcodec.decoders import decode_image
 except Exception as error:
     # torchcodec's libraries only load beside the torch version that they were built for.
     decode_image = None
     TORCHCODEC_ERROR = error
-
-# The network to fine-tune. For another one of torchvision.models, change these four lines.
-NETWORK = SimpleNamespace(
-    build=resnet50,
-    weights=ResNet50_Weights.IMAGENET1K_V2,
-    head="fc",  # the last layer, replaced by a new one for the classes of the dataset
-    gradcam_layer="layer4.2",  # its output has the last feature maps, of R/32 x R/32 cells
-)
 
 DEFAULT_DATASET = "tanganke/stanford_cars"
 DATASET_REVISION = "9abf6cf7d6dfa7b95152a0d6e791ea9435b47a40"
@@ -78,7 +72,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".avif", ".heic", ".heif")
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF")
 OTHER_FILES = f"files that do not end in {' '.join(PHOTO_SUFFIXES)}"
-RANDOM_RESIZED_CROP = v2.RandomResizedCrop(size=224)  # Only its random box is used, not its size.
+VAL_NAMES = ("val", "valid", "validation", "dev")
 SECONDS_BETWEEN_LINES = 60  # of progress, where no terminal shows a bar
 
 # torchrun sets these variables for each process that it starts.
@@ -90,7 +84,7 @@ DEVICE = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torc
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 DEFAULT_WORKERS = max(1, min(16, CORES // LOCAL_WORLD_SIZE))
 
-# The files of a run, in the order in which --overwrite removes them.
+# The files of a run, in the order in which --overwrite deletes them.
 RUN_FILES = (
     "last_checkpoint.pth",
     "best_model.pth",
@@ -98,11 +92,11 @@ RUN_FILES = (
     "training_curves.png",
     "settings.json",
 )
-# Flags that say what to do with a run, and so are not stored with it.
-UNSTORED_FLAGS = ("output_dir", "resume", "overwrite")
-# Flags that may change when a run is resumed. The dataset may have moved: its classes and numbers
-# of photos are compared instead of its path.
-CHANGEABLE_FLAGS = ("dataset", "epochs", "workers", "compile")
+# The settings of a run are all flags but these.
+NOT_SETTINGS = ("output_dir", "resume", "overwrite")
+# These settings may change when a run is resumed. The dataset may have moved: its classes and
+# numbers of photos are compared instead of its path.
+CHANGEABLE_SETTINGS = ("dataset", "epochs", "workers", "compile")
 
 
 class InputError(Exception):
@@ -122,15 +116,16 @@ def reported_as(message: str):
     except (NameError, AttributeError, TypeError, IndexError, AssertionError):
         raise
     except Exception as error:
-        reasons = [one_line(error)]
-        if error.__cause__ and one_line(error.__cause__) not in reasons:
-            reasons.append(one_line(error.__cause__))
-        raise InputError(f"{message}: {'; '.join(reasons)}") from error
+        reason = one_line(error)
+        if error.__cause__ and one_line(error.__cause__) != reason:
+            reason += f"; {one_line(error.__cause__)}"
+        raise InputError(f"{message}: {reason}") from error
 
 
 def one_line(error: BaseException) -> str:
     """Return the message of an error without line breaks, and at most 400 characters of it."""
-    return re.sub(r"\s*\n\s*", " ", str(error).strip())[:400] or type(error).__name__
+    text = str(error).strip() or type(error).__name__
+    return re.sub(r"\s*\n\s*", " ", text)[:400]
 
 
 def log(text: str):
@@ -143,23 +138,25 @@ def log(text: str):
 
 
 def number(kind: type, lowest: float, highest: float = math.inf) -> Callable:
-    """Return an argparse type: an int or float (`kind`) from `lowest` to `highest`."""
+    """Return an argparse type: a finite int or float (`kind`) from `lowest` to `highest`."""
 
     def parse(text: str):
+        limits = f"at least {lowest}"
+        if highest < math.inf:
+            limits += f" and at most {highest}"
+        message = f"{text} is not {'an integer' if kind is int else 'a number'} of {limits}"
         try:
             value = kind(text)
         except ValueError:
-            value = math.nan
-        if lowest <= value <= highest:
-            return value
-        noun = "an integer" if kind is int else "a number"
-        limit = "" if highest == math.inf else f" and at most {highest}"
-        raise argparse.ArgumentTypeError(f"{text} is not {noun} of at least {lowest}{limit}")
+            raise argparse.ArgumentTypeError(message) from None
+        if not math.isfinite(value) or not lowest <= value <= highest:
+            raise argparse.ArgumentTypeError(message)
+        return value
 
     return parse
 
 
-def share_type(text: str) -> float:
+def fraction_type(text: str) -> float:
     value = number(float, 0)(text)
     if value >= 1:
         raise argparse.ArgumentTypeError(f"{text} is not less than 1")
@@ -187,72 +184,180 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     yes_or_no = argparse.BooleanOptionalAction
     # fmt: off
-    add = parser.add_argument_group("recipe").add_argument
-    add("--weights", type=weights_type, default=NETWORK.weights.name,
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument("--weights", type=weights_type, default=NETWORK.weights.name,
         help="pretrained weights: a torchvision name, a file, or none (default: %(default)s)")
-    add("--resolution", type=number(int, 32), default=224,
+    recipe.add_argument("--resolution", type=number(int, 32), default=224,
         help="side of the square crops, in pixels (default: %(default)s)")
-    add("--batch-size", type=number(int, 1), default=128,
+    recipe.add_argument("--batch-size", type=number(int, 1), default=128,
         help="photos in a step, over all GPUs (default: %(default)s)")
-    add("--epochs", type=number(int, 1), default=90,
+    recipe.add_argument("--epochs", type=number(int, 1), default=90,
         help="passes over the train split (default: %(default)s)")
-    add("--lr", type=number(float, 1e-9),
+    recipe.add_argument("--lr", type=number(float, 1e-9),
         help="initial learning rate (default: 0.1 at batch size 128, and proportional to it)")
-    add("--step-size", type=number(int, 1), default=30,
+    recipe.add_argument("--step-size", type=number(int, 1), default=30,
         help="epochs after which the learning rate is divided by 10 (default: %(default)s)")
-    add("--momentum", type=number(float, 0), default=0.9,
+    recipe.add_argument("--momentum", type=number(float, 0, 1), default=0.9,
         help="momentum of SGD (default: %(default)s)")
-    add("--weight-decay", type=number(float, 0), default=1e-4,
+    recipe.add_argument("--weight-decay", type=number(float, 0), default=1e-4,
         help="weight decay of all parameters (default: %(default)s)")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0,
+    recipe.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0,
         help="seed of the new layer, of the order of the photos and of their crops "
         "(default: %(default)s)")
 
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset", type=dataset_type, default=DEFAULT_DATASET,
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", type=dataset_type, default=DEFAULT_DATASET,
         help="name of a Hub dataset, or path of a folder (default: %(default)s)")
-    add("--val-split", type=share_type, default=0.0, metavar="SHARE",
-        help="share of each class to hold out of the train split, and to choose the best epoch on "
-        "instead of the test split (default: 0; a dataset's own val split is always used)")
+    data.add_argument("--val-split", type=fraction_type, default=0.0, metavar="FRACTION",
+        help="hold out this fraction of each class of the train split, and choose the best epoch "
+        "on it instead of on the test split. The names of the photos decide which, not --seed. "
+        "Not allowed if the dataset has a val split, which is then used (default: 0)")
 
-    add = parser.add_argument_group("hardware").add_argument
-    add("--workers", type=number(int, 0),
+    hardware = parser.add_argument_group("hardware")
+    hardware.add_argument("--workers", type=number(int, 0),
         help=f"processes per GPU that load photos (default: {DEFAULT_WORKERS} on this machine)")
-    add("--amp", action=yes_or_no, default=True,
+    hardware.add_argument("--amp", action=yes_or_no, default=True,
         help="use mixed precision (default: yes)")
-    add("--amp-dtype", choices=["float16", "bfloat16"],
+    hardware.add_argument("--amp-dtype", choices=["float16", "bfloat16"],
         help="data type of mixed precision (default: float16; on CPUs bfloat16 if they have it, "
         "else none)")
-    add("--compile", action=yes_or_no,
+    hardware.add_argument("--compile", action=yes_or_no,
         help="use torch.compile (default: yes on GPUs)")
 
-    group = parser.add_argument_group("run")
-    group.add_argument("--output-dir", type=path_type, default=Path("."),
+    run = parser.add_argument_group("run")
+    run.add_argument("--output-dir", type=path_type, default=Path("."),
         help="folder that the run writes to (default: the current folder)")
-    add = group.add_mutually_exclusive_group().add_argument
-    add("--resume", action="store_true",
+    existing_run = run.add_mutually_exclusive_group()
+    existing_run.add_argument("--resume", action="store_true",
         help="continue the run in the output folder after its last saved epoch, or start one")
-    add("--overwrite", action="store_true",
+    existing_run.add_argument("--overwrite", action="store_true",
         help="delete the run in the output folder and start a new one")
     # fmt: on
     return parser
 
 
 def parse_args(argv: list[str] | None, settings: dict | None = None) -> argparse.Namespace:
-    """Parse the flags. Those left out have the values of `settings`, of the run to resume."""
+    """Parse the flags. The defaults are the `settings` of the run to resume, if there is one."""
     parser = build_parser()
     parser.set_defaults(**(settings or {}))
     args = parser.parse_args(argv)
     if args.lr is None:
-        args.lr = default_learning_rate(args.batch_size)
+        args.lr = default_lr(args.batch_size)
     return args
 
 
-# ---------------------------------------------------------------- data: photos and crops
+# ---------------------------------------------------------------- the recipe
+
+# The network. For another convolutional network of torchvision.models, change these four lines.
+NETWORK = SimpleNamespace(
+    build=resnet50,
+    weights=ResNet50_Weights.IMAGENET1K_V2,
+    head="fc",  # the last layer, replaced by a new one for the classes of the dataset
+    gradcam_layer="layer4.2",  # the last one with feature maps, of R/32 x R/32 cells
+)
+# The size is not used: random_crop resizes by itself.
+RANDOM_RESIZED_CROP = v2.RandomResizedCrop(size=224, scale=(0.08, 1), ratio=(3 / 4, 4 / 3))
 
 
-def read_encoded(image: dict) -> bytes:
+def random_crop(photo: torch.Tensor, resolution: int) -> torch.Tensor:
+    """Crop, resize and mirror a photo at random, for training.
+
+    Its random numbers come from torch, which is seeded for each photo. With the same ones, the
+    result equals that of torchvision's RandomResizedCrop and RandomHorizontalFlip.
+
+    Args:
+        photo: (3, H, W) uint8.
+        resolution: R, in pixels.
+
+    Returns:
+        (R, R, 3) uint8, contiguous.
+    """
+    box = RANDOM_RESIZED_CROP.make_params([photo])
+    # resize is faster with the channels last in memory, and keeps that layout.
+    region = v2.functional.crop(photo, **box).permute(1, 2, 0).contiguous()
+    crop = v2.functional.resize(region.permute(2, 0, 1), [resolution] * 2, antialias=True)
+    if torch.rand(1) < 0.5:
+        crop = crop.flip(-1)
+    return crop.permute(1, 2, 0)
+
+
+def center_crop(photo: torch.Tensor, resolution: int, resize_at_224: int = 256) -> torch.Tensor:
+    """Resize a photo and crop its center, for the evaluation.
+
+    Args:
+        photo: (3, H, W) uint8.
+        resolution: R, in pixels.
+        resize_at_224: the shorter side is resized to int(R * resize_at_224 / 224) pixels. The
+            recipe has 256; six-view TTA in eval.py also uses 224 and 288.
+
+    Returns:
+        (R, R, 3) uint8, contiguous.
+    """
+    shorter_side = int(resolution * resize_at_224 / 224)
+    resized = v2.functional.resize(photo, [shorter_side], antialias=True)
+    crop = v2.functional.center_crop(resized, [resolution])
+    return crop.permute(1, 2, 0).contiguous()
+
+
+def training_loss_sum(
+    network: torch.nn.Module, images: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sum, not the mean, of a batch's losses, and the number of correct predictions.
+
+    Label smoothing, mixup or another loss belongs here. Random numbers may come from torch, NumPy
+    or `random`, which are seeded for each epoch: a resumed run draws the same ones.
+
+    Args:
+        network: the network in training mode.
+        images: (B, 3, R, R) float32, normalized.
+        targets: (B,) int64.
+    """
+    logits = network(images)
+    loss_sum = F.cross_entropy(logits, targets, reduction="sum")
+    num_correct = (logits.argmax(1) == targets).sum()
+    return loss_sum, num_correct
+
+
+def default_lr(batch_size: int) -> float:
+    """Return the learning rate of the reference's runs: 0.1 at batch size 128, 0.05 at 64."""
+    return 0.1 * batch_size / 128
+
+
+def lr_factor(args: argparse.Namespace, epoch: int) -> float:
+    """Return what the learning rates are multiplied by in an epoch, counted from 1.
+
+    Step decay, as in the reference.
+    """
+    return 0.1 ** ((epoch - 1) // args.step_size)
+
+
+def build_optimizer(network: torch.nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    """Return the optimizer. For another one, replace the whole body.
+
+    Parameter groups may have learning rates of their own; lr_factor multiplies each of them.
+    """
+    optimizer = torch.optim.SGD(
+        network.parameters(),
+        lr=args.lr,
+        momentum=args.momentum,
+        weight_decay=args.weight_decay,
+        # GradScaler then skips a step that overflowed without a CPU-GPU synchronization.
+        fused=True,
+    )
+    # For SGD alone: if the first step is skipped, fused SGD goes on with momentum in uninitialized
+    # memory. From zero, momentum is the gradient after the first step, as it is without `fused`.
+    for parameter in network.parameters():
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+# ---------------------------------------------------------------- loading photos
+
+
+def read_encoded(image: dict | None) -> bytes:
     """Return the bytes of an image file: {"bytes": …, "path": …}, one of which may be None."""
+    if image is None or (image["bytes"] is None and image["path"] is None):
+        raise ValueError("it is missing")
     if image["bytes"] is not None:
         return image["bytes"]
     return Path(image["path"]).read_bytes()
@@ -261,60 +366,41 @@ def read_encoded(image: dict) -> bytes:
 def decode_photo(encoded: bytes) -> torch.Tensor:
     """Decode an image file to upright RGB: (3, H, W) uint8, channels last in memory.
 
-    Of an animation, this is the first frame. Raises ValueError for an aspect ratio over 50: such a
-    file is not a photo, and resizing its shorter side could fill the memory. Raises the decoder's
+    For animations, the first frame is returned. Raises ValueError for an aspect ratio over 50: such
+    a file is not a photo, and resizing its shorter side could fill the memory. Raises the decoder's
     errors for a damaged file.
     """
     if decode_image:
-        photo = decode_image(encoded)  # RGB, upright by its EXIF orientation
+        photo = decode_image(encoded)  # RGB, turned upright by its EXIF orientation
         if photo.ndim == 4:
             photo = photo[0]
     else:
         with PIL.Image.open(io.BytesIO(encoded), formats=PILLOW_FORMATS) as image:
+            if image.mode.startswith("I"):
+                # Pillow would clip them to white.
+                raise ValueError("16-bit grayscale photos need torchcodec")
             upright = PIL.ImageOps.exif_transpose(image).convert("RGB")
-        photo = torch.from_numpy(np.array(upright)).movedim(-1, 0)
+        photo = torch.from_numpy(np.array(upright)).permute(2, 0, 1)
     height, width = photo.shape[1:]
     if max(height, width) > 50 * min(height, width):
         raise ValueError(f"{width} x {height} pixels have an aspect ratio over 50")
     return photo
 
 
-def random_crop(photo: torch.Tensor, resolution: int) -> torch.Tensor:
-    """Return a train crop of (3, H, W) uint8: contiguous (R, R, 3) uint8.
-
-    Random numbers and pixels equal those of torchvision's RandomResizedCrop, RandomHorizontalFlip.
-    """
-    box = RANDOM_RESIZED_CROP.make_params([photo])
-    # resize is fast for the memory layout (H, W, 3), and keeps it.
-    region = v2.functional.crop(photo, **box).movedim(0, -1).contiguous().movedim(-1, 0)
-    crop = v2.functional.resize(region, [resolution, resolution], antialias=True)
-    if torch.rand(1) < 0.5:
-        crop = crop.flip(-1)
-    return crop.movedim(0, -1)
-
-
-def center_crop(photo: torch.Tensor, resolution: int, resize_at_224: int = 256) -> torch.Tensor:
-    """Return the center crop of (3, H, W) uint8: contiguous (R, R, 3) uint8.
-
-    The photo's shorter side is resized to int(R · resize_at_224 / 224) pixels first: 256 at 224 px
-    in the recipe. Six-view TTA (eval.py) also uses 224 and 288.
-    """
-    shorter_side = int(resolution * resize_at_224 / 224)
-    resized = v2.functional.resize(photo, [shorter_side], antialias=True)
-    return v2.functional.center_crop(resized, [resolution]).movedim(0, -1).contiguous()
-
-
 class CroppedPhotos(torch.utils.data.Dataset):
-    """Crops of the photos of several splits, looked up by the key (split, row, seed).
+    """Crops of the photos of several splits. An index is (split, row, seed).
+
+    One dataset of all splits lets one set of workers load the next train batches during an
+    evaluation. The seed of an index makes a crop independent of the number of workers.
 
     Args:
         splits: datasets from load_split, by name.
         crops: for each split, a function from a photo (3, H, W) uint8 and R to its crop
-            (R, R, 3) uint8, or to several of them. Its random numbers follow from the key's seed.
+            (R, R, 3) uint8, or to several crops.
         resolution: R, in pixels.
 
     An item is a crop and its label. Raises InputError, which names the photo, for one that cannot
-    be decoded.
+    be loaded.
     """
 
     def __init__(self, splits: dict, crops: dict[str, Callable], resolution: int):
@@ -322,24 +408,23 @@ class CroppedPhotos(torch.utils.data.Dataset):
         self.crops = crops
         self.resolution = resolution
 
-    def __getitem__(self, key: tuple[str, int, int]) -> tuple[torch.Tensor, int]:
-        return self.__getitems__([key])[0]
+    def __getitem__(self, index: tuple[str, int, int]) -> tuple[torch.Tensor, int]:
+        return self.__getitems__([index])[0]
 
-    def __getitems__(self, keys: list[tuple[str, int, int]]) -> list[tuple[torch.Tensor, int]]:
-        """Return the items of a batch, whose keys are of one split. DataLoader calls this."""
-        split = keys[0][0]
-        photos = self.splits[split][[row for _, row, _ in keys]]
+    def __getitems__(self, indices: list[tuple[str, int, int]]) -> list[tuple[torch.Tensor, int]]:
+        """Return the items of a batch, whose indices are of one split. DataLoader calls this."""
+        split = indices[0][0]
+        rows = [row for _, row, _ in indices]
+        photos = self.splits[split][rows]
         items = []
-        for key, image, label in zip(keys, photos["image"], photos["label"], strict=True):
-            items.append((self.load_crop(key, image), label))
+        for index, image, label in zip(indices, photos["image"], photos["label"], strict=True):
+            items.append((self.load_crop(index, image), label))
         return items
 
-    def load_crop(self, key: tuple[str, int, int], image: dict | None) -> torch.Tensor:
-        """Decode and crop the photo `image`, as the dataset stores it, of `key`."""
-        split, row, seed = key
-        if image is None or image == {"bytes": None, "path": None}:
-            raise InputError(f"the {split} photo in row {row} is missing")
-        name = image["path"] or f"in row {row}"
+    def load_crop(self, index: tuple[str, int, int], image: dict | None) -> torch.Tensor:
+        """Decode and crop a photo, as the dataset stores it."""
+        split, row, seed = index
+        name = image["path"] if image and image["path"] else f"in row {row}"
         with reported_as(f"the {split} photo {name} cannot be decoded"):
             photo = decode_photo(read_encoded(image))
         # With --workers 0, the random numbers of the training step go on as if there were no crop.
@@ -348,148 +433,138 @@ class CroppedPhotos(torch.utils.data.Dataset):
             return self.crops[split](photo, self.resolution)
 
 
-# ---------------------------------------------------------------- data: batches
+def check_batch_size(batch_size: int, num_photos: int):
+    """Raise InputError if the processes cannot share batches of this size."""
+    if batch_size % WORLD_SIZE:
+        raise InputError(f"--batch-size {batch_size} is not a multiple of {WORLD_SIZE} processes")
+    if min(batch_size, num_photos) < 2 * WORLD_SIZE:
+        reason = f"batch norm needs two photos in each of {WORLD_SIZE} processes"
+        raise InputError(f"--batch-size {batch_size}, {num_photos} train photos: {reason}")
 
 
 def train_batch_sizes(num_photos: int, batch_size: int) -> list[int]:
     """Return the number of photos in each batch of an epoch, over all processes.
 
-    A last batch of less than an eighth of the others is left out: a step with the batch norm
-    statistics of so few photos, just before the evaluation, does more harm than good. Raises
-    InputError for a batch size that the processes cannot share.
+    A last batch is left out if it is smaller than an eighth of the others, or than two photos for
+    each process: a step with the batch norm statistics of so few photos, just before the
+    evaluation, does more harm than good. Its photos come in other epochs.
     """
-    if batch_size % WORLD_SIZE or min(batch_size, num_photos) < 2 * WORLD_SIZE:
-        raise InputError(
-            f"--batch-size {batch_size} of {num_photos} photos has to be a multiple of "
-            f"{WORLD_SIZE}, with at least two photos for each process"
-        )
     sizes = [min(batch_size, num_photos - start) for start in range(0, num_photos, batch_size)]
     if sizes[-1] < max(sizes[0] / 8, 2 * WORLD_SIZE):
         sizes.pop()
     return sizes
 
 
-def train_keys(num_photos: int, batch_sizes: list[int], seed: int, epoch: int) -> Iterator[list]:
-    """Yield this process's share of the keys of each train batch of an epoch."""
+def train_batches(num_photos: int, batch_sizes: list[int], seed: int, epoch: int) -> Iterator[list]:
+    """Yield the indices of each train batch of an epoch: this process's share of them."""
     rng = np.random.default_rng([seed, epoch])
     rows = rng.permutation(num_photos).tolist()
     crop_seeds = rng.integers(2**32, size=num_photos).tolist()
-    keys = [("train", row, crop_seed) for row, crop_seed in zip(rows, crop_seeds, strict=True)]
+    indices = [("train", row, crop_seed) for row, crop_seed in zip(rows, crop_seeds, strict=True)]
     start = 0
     for batch_size in batch_sizes:
-        yield keys[start : start + batch_size][RANK::WORLD_SIZE]
+        yield indices[start : start + batch_size][RANK::WORLD_SIZE]
         start += batch_size
 
 
-def evaluation_keys(split: str, num_photos: int, batch_size: int) -> list[list]:
-    """Return this process's share of the keys of `split`, in batches. No photo counts twice."""
-    keys = [(split, row, 0) for row in range(RANK, num_photos, WORLD_SIZE)]
-    return [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
-
-
-def run_keys(
-    epochs: range, num_train: int, batch_sizes: list[int], seed: int, evaluation: list[list]
-) -> Iterator[list]:
-    """Yield the keys of this process's batches: for each epoch, train and then evaluation batches.
-
-    All epochs come from one iterator, so that the workers load the next one during an evaluation.
-    """
-    for epoch in epochs:
-        yield from train_keys(num_train, batch_sizes, seed, epoch)
-        yield from evaluation
+def eval_batches(split: str, num_photos: int, batch_size: int) -> list[list]:
+    """Return the indices of `split` in batches: this process's share. No photo counts twice."""
+    indices = [(split, row, 0) for row in range(RANK, num_photos, WORLD_SIZE)]
+    return [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
 
 
 @contextlib.contextmanager
-def open_loader(photos: CroppedPhotos, key_batches: Iterable, workers: int):
+def open_loader(photos: CroppedPhotos, index_batches: Iterable, workers: int):
     """Start `workers` processes, and yield an iterator of (B, R, R, 3) uint8 crops and (B,) labels.
 
-    Leaving the context ends the workers: in a notebook, the traceback of an error or of an
-    interrupt would keep the iterator, and with it the workers, alive.
+    Leaving the context ends the workers. In a notebook, the traceback of an error would otherwise
+    keep them alive. Raises InputError for errors of the workers that the user can fix.
     """
+    context = None
+    if workers and sys.platform == "linux":
+        # Python 3.14's default, forkserver, would import torch again in each worker.
+        context = "fork"
     loader = DataLoader(
         photos,
-        batch_sampler=key_batches,
+        batch_sampler=index_batches,
         num_workers=workers,
         pin_memory=DEVICE.type == "cuda",
-        # Python 3.14's default, forkserver, would import torch once more in each worker.
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        multiprocessing_context=context,
         worker_init_fn=ignore_interrupts,
     )
     batches = iter(loader)
     try:
-        yield batches
+        with worker_errors():
+            yield batches
     finally:
         if workers:
-            batches._shutdown_workers()
+            batches._shutdown_workers()  # DataLoader has no public method for it.
 
 
 def ignore_interrupts(worker: int):
-    """Let Ctrl-C, which a terminal sends to all processes, end the workers by the main process."""
+    """Ignore Ctrl-C in a worker: the main process ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def take_batches(batches: Iterator, count: int, title: str, phase: str) -> Iterator:
-    """Yield the next `count` batches, and show how far an epoch (`title`) has come.
-
-    That is a progress bar in a terminal, and elsewhere a line at most once a minute. Raises
-    InputError for errors of the workers that the user can fix.
-    """
+def take_batches(batches: Iterator, count: int, title: str) -> Iterator:
+    """Yield the next `count` batches, and show the progress: a bar, or a line each minute."""
     shows_bar = RANK == 0 and sys.stderr.isatty()
     shows_lines = RANK == 0 and not shows_bar
     last_line = time.monotonic()
-    for step in tqdm(range(count), f"{title} {phase}", leave=False, disable=not shows_bar):
+    for step in tqdm(range(count), title, leave=False, disable=not shows_bar):
         if shows_lines and time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
             last_line = time.monotonic()
             print(f"{title}: {step} of {count} steps", file=sys.stderr, flush=True)
-        with worker_errors():
-            batch = next(batches)
-        yield batch
+        yield next(batches)
 
 
 @contextlib.contextmanager
 def worker_errors():
-    """Re-raise errors of worker processes that the user can fix as an InputError of one line."""
+    """Re-raise errors of workers that the user can fix as an InputError of one line.
+
+    The death of a worker may be raised anywhere in the main process, by its signal handler.
+    """
+    killed = "a worker process was killed, probably because the memory (RAM) is full"
     try:
         yield
     except InputError as error:
         # DataLoader puts the worker's traceback before the message.
-        message = str(error)
-        if "Original Traceback" in message:
-            message = message.splitlines()[-1].partition(": ")[2]
-        raise InputError(message) from None
-    except (RuntimeError, ConnectionError, EOFError) as error:
+        last_line = str(error).splitlines()[-1]
+        raise InputError(last_line.split("InputError: ")[-1]) from None
+    except (ConnectionError, EOFError) as error:
+        raise InputError(f"{killed}: use fewer --workers") from error
+    except RuntimeError as error:
+        text = str(error)
         # A worker without shared memory dies of a bus error, or reports a full /torch_… file.
-        if re.search("Bus error|</torch_.*No space left", str(error)):
-            reason = "/dev/shm, the shared memory of the workers, is full"
-            raise InputError(f"{reason}: use docker's --shm-size, or --workers 0") from error
-        was_killed = re.search("DataLoader worker .*(killed|exited unexpectedly)", str(error))
-        if isinstance(error, RuntimeError) and not was_killed:
-            raise
-        reason = "a worker process was killed, probably because the memory (RAM) is full"
-        raise InputError(f"{reason}: use fewer --workers") from error
+        if "Bus error" in text or re.search("</torch_.*No space left", text):
+            full = "/dev/shm, the shared memory of the workers, is full"
+            raise InputError(f"{full}: use docker's --shm-size, or --workers 0") from error
+        if re.search("DataLoader worker .*(killed|exited unexpectedly)", text):
+            raise InputError(f"{killed}: use fewer --workers") from error
+        raise
 
 
-# ---------------------------------------------------------------- network and optimizer
+# ---------------------------------------------------------------- network, precision, compilation
 
 
 def build_network(weights: str, num_classes: int) -> torch.nn.Module:
     """Return NETWORK with the weights of a torchvision name or a file, or random ones for "none".
 
-    Its head always has random weights and `num_classes` outputs: the classes of the weights are
-    others, or in another order. Raises InputError for weights that cannot be loaded.
+    The head always has random weights and `num_classes` outputs. Raises InputError for weights that
+    cannot be loaded.
     """
     network = NETWORK.build(num_classes=num_classes)
     if weights == "none":
         return network
-    pretrained = type(NETWORK.weights).__members__
+    names = type(NETWORK.weights).__members__  # IMAGENET1K_V1, IMAGENET1K_V2, …
     with reported_as(f"cannot load --weights {weights}"):
-        if weights in pretrained:
+        if weights in names:
             show_bar = RANK == 0 and sys.stderr.isatty()
-            state = pretrained[weights].get_state_dict(progress=show_bar, check_hash=True)
+            state = names[weights].get_state_dict(progress=show_bar, check_hash=True)
         elif Path(weights).is_file():
             state = read_checkpoint(Path(weights))["model"]
         else:
-            raise ValueError(f"it is neither a file nor one of {[*pretrained, 'none']}")
+            raise ValueError(f"it is neither a file nor one of {[*names, 'none']}")
         for name, value in network.state_dict().items():
             if name.startswith(f"{NETWORK.head}."):
                 state[name] = value
@@ -497,33 +572,25 @@ def build_network(weights: str, num_classes: int) -> torch.nn.Module:
     return network
 
 
-def default_learning_rate(batch_size: int) -> float:
-    """Return the learning rate of the reference's runs: 0.1 at batch size 128, 0.05 at 64."""
-    return 0.1 * batch_size / 128
-
-
-def learning_rate(args: argparse.Namespace, epoch: int) -> float:
-    """Return the learning rate of an epoch, counted from 1: step decay, as in the reference."""
-    return args.lr * 0.1 ** ((epoch - 1) // args.step_size)
-
-
-def build_optimizer(network: torch.nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """Return SGD with momentum and weight decay, one learning rate for all parameters.
-
-    Another optimizer replaces the whole body.
-    """
-    optimizer = torch.optim.SGD(
-        network.parameters(),
-        lr=args.lr,
-        momentum=args.momentum,
-        weight_decay=args.weight_decay,
-        fused=True,  # skips a step that overflowed on the GPU: no CPU-GPU synchronization
-    )
-    # If the first step is skipped, fused SGD continues with momentum in uninitialized memory. From
-    # zero, the momentum after the first step is its gradient, as it is without `fused`.
-    for parameter in network.parameters():
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
+def build_training(
+    args: argparse.Namespace, checkpoint: dict, num_classes: int, precision: torch.dtype
+) -> tuple[torch.nn.Module, torch.optim.Optimizer, torch.amp.GradScaler]:
+    """Return the network, the optimizer and the scaler, in the state of `checkpoint` if any."""
+    torch.manual_seed(args.seed)
+    # One process loads the weights: DistributedDataParallel copies them to the others.
+    weights = "none" if checkpoint or RANK > 0 else args.weights
+    network = build_network(weights, num_classes)
+    network.to(DEVICE, memory_format=torch.channels_last)
+    optimizer = build_optimizer(network, args)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    scaler = torch.amp.GradScaler(DEVICE.type, enabled=precision == torch.float16)
+    if checkpoint:
+        network.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    if checkpoint and checkpoint["scaler"]:  # Runs without float16 have no scaler state.
+        scaler.load_state_dict(checkpoint["scaler"])
+    return network, optimizer, scaler
 
 
 def pick_precision(amp: bool, amp_dtype: str | None) -> torch.dtype:
@@ -550,54 +617,50 @@ def autocast_to(precision: torch.dtype) -> torch.autocast:
     return torch.autocast(DEVICE.type, precision, enabled=precision != torch.float32)
 
 
-def build_parts(
-    args: argparse.Namespace, checkpoint: dict, num_classes: int, precision: torch.dtype
-) -> dict:
-    """Return the network ("model"), "optimizer" and "scaler", with the states of `checkpoint`."""
-    torch.manual_seed(args.seed)
-    # One process loads the weights: DistributedDataParallel copies them to the others.
-    weights = "none" if checkpoint or RANK > 0 else args.weights
-    network = build_network(weights, num_classes)
-    network.to(DEVICE, memory_format=torch.channels_last)
-    parts = {
-        "model": network,
-        "optimizer": build_optimizer(network, args),
-        "scaler": torch.amp.GradScaler(DEVICE.type, enabled=precision == torch.float16),
-    }
-    for name, part in parts.items():
-        if checkpoint.get(name):  # The scaler of a run without float16 has no state.
-            part.load_state_dict(checkpoint[name])
-    return parts
-
-
 def use_compile(requested: bool | None) -> bool:
-    """Return whether to compile the network: as requested, or else on CUDA if a compiler is there.
+    """Return whether to compile the network: as requested, or else on CUDA if that is possible.
 
-    Raises InputError if it was requested and there is no compiler.
+    Raises InputError if it was requested and is not possible.
     """
     if requested is False or (requested is None and DEVICE.type == "cpu"):
         return False
-    # torch.compile builds C code at run time, as Triton does for its CUDA driver.
-    compilers = [os.environ.get("CC"), "gcc", "clang", "cc"]
-    has_compiler = any(name and shutil.which(name) for name in compilers)
-    has_headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
-    if has_compiler and has_headers:
-        return True
-    missing = "a C compiler (package gcc)"
-    if has_compiler:
-        missing = "Python.h (package python3-dev)"
-    if requested:
+    missing = missing_for_compile()
+    if missing and requested:
         raise InputError(f"--compile needs {missing}")
-    log(f"warning     torch.compile is off, and training slower: it needs {missing}")
-    return False
+    if missing:
+        log(f"warning     torch.compile is off, and training slower: it needs {missing}")
+    return not missing
+
+
+def missing_for_compile() -> str:
+    """Return what torch.compile lacks on this machine, or "".
+
+    It builds code at run time: on CPUs in C++, and on CUDA with Triton, which builds its driver in
+    C with the headers of Python.
+    """
+    if DEVICE.type == "cpu":
+        compilers = [os.environ.get("CXX"), "g++", "clang++"]
+        package = "g++"
+    else:
+        if torch.cuda.get_device_capability() < (7, 0):
+            return "a GPU of compute capability 7.0 or higher"
+        if not importlib.util.find_spec("triton"):
+            return "the package triton"
+        compilers = [os.environ.get("CC"), "gcc", "clang", "cc"]
+        package = "gcc"
+    if not any(shutil.which(compiler) for compiler in compilers if compiler):
+        return f"a compiler (package {package})"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "Python.h (package python3-dev)"
+    return ""
 
 
 def compile_full_batches(network: torch.nn.Module, batch_size: int):
-    """Let `network` compile its forward pass for batches of this size.
+    """Compile the forward pass of `network` for batches of this size.
 
     Smaller ones, the last of an epoch, run uncompiled: they are not worth minutes of compiling. The
-    network itself changes, so that its state dict keeps its names, and DistributedDataParallel can
-    wrap it.
+    forward method is replaced, so that the state dict keeps its names, and DistributedDataParallel
+    can wrap the network.
     """
     forward = network.forward
     # By default, a second size would be compiled again, to a slower graph for any size.
@@ -622,54 +685,38 @@ def rgb_on_device(values: tuple) -> torch.Tensor:
 
 def move_and_normalize(images: torch.Tensor) -> torch.Tensor:
     """Move (B, R, R, 3) uint8 to DEVICE: (B, 3, R, R) float32, normalized, channels_last."""
-    images = images.to(DEVICE, non_blocking=True).movedim(-1, -3)
+    images = images.to(DEVICE, non_blocking=True).permute(0, 3, 1, 2)
     return images.sub(rgb_on_device(IMAGENET_MEAN)).div_(rgb_on_device(IMAGENET_STD))
 
 
-def training_loss(
-    network: torch.nn.Module, images: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sum of a batch's losses and the number of its correct predictions.
-
-    Args:
-        network: the network, in training mode.
-        images: (B, 3, R, R) float32, normalized.
-        targets: (B,) int64.
-
-    Label smoothing, mixup or another loss belongs here. Its random numbers may come from torch,
-    NumPy or `random`: all are seeded for each epoch, so that a resumed run draws the same ones.
-    """
-    logits = network(images)
-    loss_sum = F.cross_entropy(logits, targets, reduction="sum")
-    num_correct = (logits.argmax(1) == targets).sum()
-    return loss_sum, num_correct
-
-
-def train_one_epoch(network, batches, optimizer, scaler, autocast) -> dict:
+def train_one_epoch(network, batches: Iterable, optimizer, scaler, autocast) -> dict:
     """Take an optimizer step for each batch.
 
     Args:
         network: the network, or under torchrun the DistributedDataParallel around it.
-        batches: ((images, targets), batch size): (B, R, R, 3) uint8 and (B,) int64 on the CPU, and
+        batches: ((images, targets), batch_size): (B, R, R, 3) uint8 and (B,) int64 on the CPU, and
             the number of photos in the step over all processes.
+        autocast: the context of mixed precision.
 
-    Returns the mean loss and accuracy (0…1) over all processes, train photos per second, and the
-    share (0…1) of the time that was spent waiting for photos. On CUDA that is an upper bound, since
-    the CPU runs ahead of the GPU.
+    Returns:
+        the mean loss and the accuracy (0…1) over all processes, train photos per second, and the
+        fraction of the time that was spent waiting for photos. On CUDA that is an upper bound,
+        since the CPU runs ahead of the GPU.
     """
     network.train()
     total_loss = torch.zeros((), dtype=torch.float64, device=DEVICE)
     total_correct = torch.zeros((), dtype=torch.float64, device=DEVICE)
     num_photos = 0
     seconds_waited = 0.0
-    start = step_end = time.perf_counter()
+    start = time.perf_counter()
+    step_end = start
     for (images, targets), batch_size in batches:
         seconds_waited += time.perf_counter() - step_end
         images = move_and_normalize(images)
         targets = targets.to(DEVICE, non_blocking=True)
         optimizer.zero_grad()
         with autocast:
-            loss_sum, num_correct = training_loss(network, images, targets)
+            loss_sum, num_correct = training_loss_sum(network, images, targets)
             # DistributedDataParallel averages gradients over the processes, whose shares of a batch
             # may differ by one photo. So this is the mean over the whole batch.
             loss = loss_sum * WORLD_SIZE / batch_size
@@ -696,7 +743,10 @@ def train_one_epoch(network, batches, optimizer, scaler, autocast) -> dict:
 
 @torch.no_grad()
 def evaluate(network: torch.nn.Module, batches: Iterable, autocast) -> tuple[float, float]:
-    """Return the mean loss and the accuracy (0…1), over all processes, of crops and labels."""
+    """Return the mean loss and the accuracy (0…1) over all processes.
+
+    Batches are (B, R, R, 3) uint8 images and (B,) int64 targets on the CPU.
+    """
     network.eval()
     total_loss = torch.zeros((), dtype=torch.float64, device=DEVICE)
     total_correct = torch.zeros((), dtype=torch.float64, device=DEVICE)
@@ -712,67 +762,87 @@ def evaluate(network: torch.nn.Module, batches: Iterable, autocast) -> tuple[flo
     totals = torch.stack([total_loss, total_correct, total_loss.new_tensor(num_photos)])
     if WORLD_SIZE > 1:
         dist.all_reduce(totals)
-    loss_sum, num_correct, num_photos = totals.tolist()
-    return loss_sum / num_photos, num_correct / num_photos
+    loss_sum, num_correct, num_evaluated = totals.tolist()
+    return loss_sum / num_evaluated, num_correct / num_evaluated
 
 
-def all_finite(state: dict[str, torch.Tensor]) -> bool:
-    """Return whether no tensor of a state dict has NaN or Inf. On CUDA: one synchronization."""
-    return bool(torch.stack([value.isfinite().all() for value in state.values()]).all())
+# ---------------------------------------------------------------- the loop
 
 
-# ---------------------------------------------------------------- the epochs of a run
+def train_run(
+    args: argparse.Namespace,
+    run: dict,
+    splits: dict[str, datasets.Dataset],
+    network: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    autocast: torch.autocast,
+    workers: int,
+):
+    """Train the epochs that are missing in `run`, and save it after each of them.
 
+    Args:
+        run: what a checkpoint contains besides states, from describe_run. It is updated.
+        splits: the train split and the one on which the best epoch is chosen, from load_splits.
 
-def train_epochs(
-    args: argparse.Namespace, epochs: range, splits: dict, network, optimizer, scaler, autocast
-) -> Iterator[dict]:
-    """Train and evaluate `epochs`, counted from 1. Yields the row of history.csv of each.
-
-    Raises InputError if weights or batch norm statistics are not finite after an epoch, or if a
-    photo cannot be loaded.
+    Raises InputError if weights or batch norm statistics are not finite after an epoch, if a photo
+    cannot be loaded, or if a file cannot be written.
     """
+    eval_split = choose_eval_split(splits)
+    batch_sizes = train_batch_sizes(len(splits["train"]), args.batch_size)
+    local_batch_size = args.batch_size // WORLD_SIZE
+    own_eval_batches = eval_batches(eval_split, len(splits[eval_split]), local_batch_size)
+    history = run["history"]
+    epochs = range(len(history) + 1, args.epochs + 1)
+
+    def index_batches() -> Iterator[list]:
+        # In the order in which the loop below takes them.
+        for epoch in epochs:
+            yield from train_batches(len(splits["train"]), batch_sizes, args.seed, epoch)
+            yield from own_eval_batches
+
+    crops = {"train": random_crop, eval_split: center_crop}
+    photos = CroppedPhotos(splits, crops, args.resolution)
     train_network = network
     if WORLD_SIZE > 1:
         train_network = DistributedDataParallel(network)
-        # Only the evaluation reads the batch norm statistics, and sync_batch_norm precedes it.
+        # Only the evaluation reads buffers, and broadcast_buffers precedes it. As an argument, this
+        # would also skip the first synchronization.
         train_network.broadcast_buffers = False
 
-    selection = selection_split(splits)
-    batch_sizes = train_batch_sizes(len(splits["train"]), args.batch_size)
-    local_batch_size = args.batch_size // WORLD_SIZE
-    evaluation = evaluation_keys(selection, len(splits[selection]), local_batch_size)
-    keys = run_keys(epochs, len(splits["train"]), batch_sizes, args.seed, evaluation)
-    crops = {"train": random_crop, selection: center_crop}
-    photos = CroppedPhotos(splits, crops, args.resolution)
-
-    with open_loader(photos, keys, args.workers) as batches:
+    start = time.perf_counter()
+    elapsed_before = run["elapsed"]
+    with (
+        background_writer(args.output_dir) as write,
+        open_loader(photos, index_batches(), workers) as batches,
+    ):
         for epoch in epochs:
-            start = time.perf_counter()
-            title = f"epoch {epoch}/{args.epochs}"
-            lr = learning_rate(args, epoch)
+            epoch_start = time.perf_counter()
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = group["initial_lr"] * lr_factor(args, epoch)
             seed_random_numbers(args.seed, epoch)
 
-            train_batches = take_batches(batches, len(batch_sizes), title, "train")
-            train_batches = zip(train_batches, batch_sizes, strict=True)
-            trained = train_one_epoch(train_network, train_batches, optimizer, scaler, autocast)
-            sync_batch_norm(network)
+            title = f"epoch {epoch}/{args.epochs}"
+            train_steps = take_batches(batches, len(batch_sizes), f"{title} train")
+            train_steps = zip(train_steps, batch_sizes, strict=True)
+            metrics = train_one_epoch(train_network, train_steps, optimizer, scaler, autocast)
+            broadcast_buffers(network)
             if not all_finite(network.state_dict()):
                 remedy = "start again with a lower --lr"
                 raise InputError(f"epoch {epoch}: the weights contain NaN or Inf: {remedy}")
-            evaluation_batches = take_batches(batches, len(evaluation), title, selection)
-            loss, accuracy = evaluate(network, evaluation_batches, autocast)
+            eval_steps = take_batches(batches, len(own_eval_batches), f"{title} {eval_split}")
+            loss, accuracy = evaluate(network, eval_steps, autocast)
 
-            yield {
-                "epoch": epoch,
-                "lr": lr,
-                **trained,
-                f"{selection}_loss": loss,
-                f"{selection}_accuracy": accuracy,
-                "seconds": time.perf_counter() - start,
-            }
+            metrics[f"{eval_split}_loss"] = loss
+            metrics[f"{eval_split}_accuracy"] = accuracy
+            metrics["seconds"] = time.perf_counter() - epoch_start
+            lr = args.lr * lr_factor(args, epoch)
+            history.append({"epoch": epoch, "lr": lr, **metrics})
+            log(epoch_line(history, eval_split, args.epochs, first_epoch=epochs[0]))
+            run["elapsed"] = elapsed_before + time.perf_counter() - start
+            if RANK == 0:
+                write({**run, "epoch": epoch, **states_of(network, optimizer, scaler)})
+    run["elapsed"] = elapsed_before + time.perf_counter() - start
 
 
 def seed_random_numbers(seed: int, epoch: int):
@@ -786,63 +856,54 @@ def seed_random_numbers(seed: int, epoch: int):
     random.seed(epoch_seed)
 
 
-def sync_batch_norm(network: torch.nn.Module):
+def broadcast_buffers(network: torch.nn.Module):
     """Copy the batch norm statistics of the first process to the others."""
     if WORLD_SIZE > 1:
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)
 
 
-def train(args: argparse.Namespace, run: dict, splits: dict, parts: dict, precision: torch.dtype):
-    """Train the epochs that `run` lacks, and save the run after each of them.
+def all_finite(state: dict[str, torch.Tensor]) -> bool:
+    """Return whether a state dict is free of NaN and Inf. On CUDA: one synchronization."""
+    return bool(torch.stack([value.isfinite().all() for value in state.values()]).all())
 
-    A thread writes the files while the next epoch trains. `parts` are the network ("model"), the
-    "optimizer" and the "scaler", whose states are saved. Raises InputError.
+
+def states_of(network, optimizer, scaler) -> dict:
+    """Return the state dicts that a checkpoint contains."""
+    return {
+        "model": network.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+    }
+
+
+@contextlib.contextmanager
+def background_writer(folder: Path):
+    """Yield a function that writes a run to `folder` while the next epoch trains.
+
+    Each call waits for the write before it. Leaving the context waits too, also after Ctrl-C.
+    Errors of a write are raised by whichever waits for it.
     """
-    history = run["history"]
-    selection = selection_split(splits)
-    epochs = range(len(history) + 1, args.epochs + 1)
-    rows = train_epochs(
-        args,
-        epochs,
-        splits,
-        parts["model"],
-        parts["optimizer"],
-        parts["scaler"],
-        autocast_to(precision),
-    )
-    start = time.perf_counter()
-    elapsed_before = run["elapsed"]
     writing = None
-    num_saved = len(history)
-    try:
-        for row in rows:
-            history.append(row)
-            log(epoch_line(history, selection, args.epochs, epochs))
-            run["elapsed"] = elapsed_before + time.perf_counter() - start
-            if RANK == 0:
-                if writing:
-                    writing.result()  # Waits for the epoch before, and re-raises its errors.
-                states = {name: part.state_dict() for name, part in parts.items()}
-                # The next epoch changes the states while this copy is written.
-                copy = copy_to_cpu({**run, **states, "epoch": row["epoch"]})
-                copy["history"] = list(history)
-                writing = start_thread(write_run, copy, args.output_dir)
-                num_saved = row["epoch"]
-    except KeyboardInterrupt:
-        log(f"interrupted: {num_saved} of {args.epochs} epochs are saved, --resume continues")
-        raise
-    finally:
-        rows.close()
+
+    def write(run: dict):
+        nonlocal writing
         if writing:
             writing.result()
-    run["elapsed"] = elapsed_before + time.perf_counter() - start
+        # The next epoch changes the tensors while they are written.
+        writing = start_thread(write_run, copy_to_cpu(run), folder)
+
+    try:
+        yield write
+    finally:
+        if writing:
+            writing.result()
 
 
 def start_thread(function: Callable, *args) -> Future:
-    """Call `function` in a daemon thread. Returns its Future.
+    """Call `function` in a daemon thread, and return its Future.
 
-    Python waits for the thread of an executor before it exits, even after a second Ctrl-C.
+    Python waits for the threads of an executor before it exits, even after a second Ctrl-C.
     """
     future = Future()
 
@@ -857,53 +918,56 @@ def start_thread(function: Callable, *args) -> Future:
 
 
 def copy_to_cpu(state: object) -> object:
-    """Return a copy of a state dict with all tensors on the CPU. It keeps their strides."""
+    """Copy nested dicts and lists, and move their tensors to the CPU with the same strides."""
     if isinstance(state, torch.Tensor):
         return state.to("cpu", copy=True)
     if isinstance(state, dict):
         return {name: copy_to_cpu(value) for name, value in state.items()}
+    if isinstance(state, list):
+        return [copy_to_cpu(value) for value in state]
     return state
 
 
-def best_row(history: list[dict], selection: str) -> dict:
-    """Return the row of the best epoch: the first one with the highest accuracy on `selection`."""
-    return max(history, key=lambda row: row[f"{selection}_accuracy"])
+def best_row(history: list[dict], eval_split: str) -> dict:
+    """Return the row of the best epoch: the first one with the highest accuracy."""
+    return max(history, key=lambda row: row[f"{eval_split}_accuracy"])
 
 
-def epoch_line(history: list[dict], selection: str, last_epoch: int, epochs: range) -> str:
-    """Return what is printed of the last epoch in `history`. This start has trained `epochs`."""
+def epoch_line(history: list[dict], eval_split: str, last_epoch: int, first_epoch: int) -> str:
+    """Format the last row of `history`. `first_epoch` is the first one of this start."""
     row = history[-1]
     columns = [f"epoch {row['epoch']:3d}/{last_epoch}", f"lr {row['lr']:#.4g}"]
-    for split in ("train", selection):
-        loss, accuracy = row[f"{split}_loss"], row[f"{split}_accuracy"]
+    for split in ("train", eval_split):
+        loss = row[f"{split}_loss"]
+        accuracy = row[f"{split}_accuracy"]
         columns.append(f"{split} loss {loss:.4f} acc {accuracy:.2%}")
     columns.append(f"{row['seconds']:.1f} s")
 
-    # The first epoch of a start takes longer: it compiles the network and picks kernels.
-    seconds = [past["seconds"] for past in history if past["epoch"] > epochs[0]]
+    # The first epoch takes longer: it compiles the network and picks kernels.
+    seconds = [past["seconds"] for past in history if past["epoch"] > first_epoch]
     epochs_left = last_epoch - row["epoch"]
     if seconds and epochs_left:
         minutes = epochs_left * sum(seconds) / len(seconds) / 60
         columns.append(f"{minutes:.0f} min left" if minutes >= 1 else "<1 min left")
-    if best_row(history, selection) is row:
+    if best_row(history, eval_split) is row:
         columns.append("best")
     return " | ".join(columns)
 
 
-def draw_curves(history: list[dict], selection: str) -> Figure:
+def draw_curves(history: list[dict], eval_split: str) -> Figure:
     """Plot loss, accuracy and learning rate of all epochs, and mark the best epoch."""
     table = pandas.DataFrame(history).replace([math.inf, -math.inf], math.nan)
-    best = best_row(history, selection)
     figure = Figure(figsize=(13, 4))  # inches
-    # An automatic layout would double the time that drawing takes from the training.
+    # An automatic layout would take twice as long, while the next epoch trains.
     figure.subplots_adjust(left=0.05, right=0.98, bottom=0.14, top=0.92)
     loss_axes, accuracy_axes, lr_axes = figure.subplots(1, 3)
-    for split in ("train", selection):
+    for split in ("train", eval_split):
         loss_axes.plot(table["epoch"], table[f"{split}_loss"], ".-", label=split)
         accuracy_axes.plot(table["epoch"], 100 * table[f"{split}_accuracy"], ".-", label=split)
-    label = f"best: {best[f'{selection}_accuracy']:.2%} in epoch {best['epoch']}"
-    accuracy = 100 * best[f"{selection}_accuracy"]
-    accuracy_axes.plot(best["epoch"], accuracy, "*", markersize=12, label=label)
+    best = best_row(history, eval_split)
+    accuracy = best[f"{eval_split}_accuracy"]
+    label = f"best: {accuracy:.2%} in epoch {best['epoch']}"
+    accuracy_axes.plot(best["epoch"], 100 * accuracy, "*", markersize=12, label=label)
     lr_axes.plot(table["epoch"], table["lr"], ".-")
     loss_axes.set(title="loss", xlabel="epoch", yscale="log")
     accuracy_axes.set(title="accuracy (%)", xlabel="epoch")
@@ -950,9 +1014,11 @@ def open_run(args: argparse.Namespace, argv: list[str] | None) -> tuple:
     folder = args.output_dir
     make_output_dir(folder)
     for draft in folder.glob(".partial-*"):
-        # A killed run left it, unless a live one is writing it now.
-        if time.time() - draft.stat().st_mtime > 3600:
-            draft.unlink(missing_ok=True)
+        # A killed run left it, or a live one is writing it now and may move it at any moment.
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - draft.stat().st_mtime > 3600:
+                draft.unlink()
+
     existing = [name for name in RUN_FILES if (folder / name).exists()]
     if existing and not (args.resume or args.overwrite):
         choice = "choose --resume, --overwrite, or another --output-dir"
@@ -961,91 +1027,80 @@ def open_run(args: argparse.Namespace, argv: list[str] | None) -> tuple:
         log(f"no run in {folder} yet: starting one")
     if args.overwrite or not existing:
         return args, {}, True
-
-    checkpoint = {}
     if existing == ["settings.json"]:
         log(f"the run in {folder} has not saved an epoch yet: starting it again")
-        settings = read_settings(folder)["flags"]
-    else:
-        checkpoint = read_checkpoint(folder / "last_checkpoint.pth")
-        settings = checkpoint["settings"]
-    args = parse_args(argv, settings)
-    check_same_settings(args, settings)
-    if checkpoint:
-        # A kill may have come between last_checkpoint.pth and the other files.
-        write_run(checkpoint, folder)
-        # Earlier versions did not store the seconds since the first epoch began.
-        seconds = sum(row["seconds"] for row in checkpoint["history"])
-        checkpoint.setdefault("elapsed", seconds)
+        return restart_args(folder, argv), {}, False
+    checkpoint = read_checkpoint(folder / "last_checkpoint.pth")
+    args = args_of_run(checkpoint["settings"], argv)
+    # A kill may have come between last_checkpoint.pth and the other files.
+    write_run(checkpoint, folder)
     return args, checkpoint, False
 
 
-def check_same_settings(args: argparse.Namespace, settings: dict):
-    """Raise InputError if a flag differs from the run to resume and may not be changed."""
+def restart_args(folder: Path, argv: list[str] | None) -> argparse.Namespace:
+    """Return the flags of a run that was stopped in its first epoch."""
+    path = folder / "settings.json"
+    with reported_as(f"cannot read {path}"):
+        settings = json.loads(path.read_text())["settings"]
+    return args_of_run(settings, argv)
+
+
+def args_of_run(settings: dict, argv: list[str] | None) -> argparse.Namespace:
+    """Parse the flags with the settings of a run as defaults.
+
+    Raises InputError if a flag differs that may not be changed.
+    """
+    args = parse_args(argv, settings)
     for name, value in vars(args).items():
-        if name in UNSTORED_FLAGS or name in CHANGEABLE_FLAGS:
+        if name in NOT_SETTINGS or name in CHANGEABLE_SETTINGS:
             continue
         # Runs of earlier versions lack the flags that were added since.
         stored = settings.get(name, build_parser().get_default(name))
         if value != stored:
             flag = f"--{name.replace('_', '-')} {value}"
             raise InputError(f"{flag}: the run to resume in {args.output_dir} has {stored}")
+    return args
 
 
-def resume_line(args: argparse.Namespace, checkpoint: dict) -> str:
-    """Return what is printed when a run is resumed."""
-    selection = selection_split(checkpoint["num_photos"])
-    best = best_row(checkpoint["history"], selection)
-    accuracy = f"{best[f'{selection}_accuracy']:.2%}"
-    line = f"resuming after epoch {checkpoint['epoch']} of {args.epochs} "
-    line += f"(best {accuracy} in epoch {best['epoch']})"
-    if not (args.output_dir / "best_model.pth").exists():
-        line += f"\nnote        best_model.pth is missing: it is saved once {accuracy} is beaten"
-    return line
+def describe_run(settings: dict, splits: dict[str, datasets.Dataset], checkpoint: dict) -> dict:
+    """Return what a checkpoint contains besides states.
 
-
-def describe_run(settings: dict, splits: dict, checkpoint: dict) -> dict:
-    """Return what a checkpoint holds besides the states of its parts.
-
-    Raises InputError if the run that is resumed (`checkpoint`) had other photos.
+    Raises InputError if the run to resume (`checkpoint`) had other photos.
     """
+    history = checkpoint.get("history", [])
     run = {
         "settings": settings,
         "classes": splits["train"].features["label"].names,
         "num_photos": {name: len(split) for name, split in splits.items()},
         "resolution": settings["resolution"],
-        "history": checkpoint.get("history", []),
-        "elapsed": checkpoint.get("elapsed", 0.0),
+        "history": history,
+        # In seconds since the first epoch began. Earlier versions stored only those of each epoch.
+        "elapsed": checkpoint.get("elapsed", sum(row["seconds"] for row in history)),
     }
     if settings["val_split"]:
+        # A dataset may change so that other photos are held out, without changing any number.
         run["val_fingerprint"] = fingerprint(splits["val"])
-    if checkpoint:
-        if checkpoint["num_photos"] != run["num_photos"]:
-            before, now = count_photos(checkpoint["num_photos"]), count_photos(run["num_photos"])
-            raise InputError(f"--dataset: the run to resume has {before}, but there are {now}")
-        if checkpoint.get("val_fingerprint") != run.get("val_fingerprint"):
-            raise InputError("--dataset: the photos of the val split differ from the run to resume")
+    if checkpoint and checkpoint["num_photos"] != run["num_photos"]:
+        before = count_photos(checkpoint["num_photos"])
+        now = count_photos(run["num_photos"])
+        raise InputError(f"--dataset: the run to resume has {before}, but there are {now}")
+    if checkpoint and checkpoint.get("val_fingerprint") != run.get("val_fingerprint"):
+        raise InputError("--dataset: the photos of the val split differ from the run to resume")
     return run
 
 
-def count_photos(num_photos: dict[str, int]) -> str:
-    """Return "8144 train and 8041 test photos"."""
-    return " and ".join(f"{count} {split}" for split, count in num_photos.items()) + " photos"
-
-
 def claim_folder(args: argparse.Namespace, settings: dict, is_new: bool):
-    """Write settings.json, once nothing can be refused any more. Removes the run to overwrite.
+    """Write settings.json, once flags, data and weights are known to be good.
 
-    Of two new runs that start in one folder, the second one finds the file of the first. Raises
-    InputError then.
+    This deletes the run to overwrite. Of two new runs that start in one folder, the second one
+    finds the file of the first: it raises InputError.
     """
     folder = args.output_dir
-    packages = ("torch", "torchvision", "torchcodec", "datasets", "numpy")
     versions = {"python": platform.python_version()}
-    for package in packages:
+    for package in ("torch", "torchvision", "torchcodec", "datasets", "numpy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    contents = {"flags": settings, "versions": versions, "device": device_name()}
+    contents = {"settings": settings, "versions": versions, "device": device_name()}
     text = json.dumps(contents, indent=2).encode()
     path = folder / "settings.json"
     if not is_new:
@@ -1059,34 +1114,27 @@ def claim_folder(args: argparse.Namespace, settings: dict, is_new: bool):
             with open(path, "xb") as file:
                 file.write(text)
         except FileExistsError:
-            raise InputError(
-                f"another run has started in {folder}: choose another --output-dir"
-            ) from None
-
-
-def read_settings(folder: Path) -> dict:
-    """Return the contents of a run's settings.json. Raises InputError if it cannot be read."""
-    path = folder / "settings.json"
-    with reported_as(f"cannot read {path}"):
-        return json.loads(path.read_text())
+            another = f"another run has started in {folder}"
+            raise InputError(f"{another}: choose another --output-dir") from None
 
 
 def write_run(run: dict, folder: Path):
-    """Write last_checkpoint.pth, and from it the other files of a run but settings.json."""
+    """Write last_checkpoint.pth, and from it all files of a run except settings.json."""
     history = run["history"]
-    selection = selection_split(run["num_photos"])
+    eval_split = choose_eval_split(run["num_photos"])
     atomic_write(folder / "last_checkpoint.pth", functools.partial(torch.save, run))
-    best = best_row(history, selection)
+    best = best_row(history, eval_split)
     if best["epoch"] == run["epoch"]:
-        names = ("model", "classes", "resolution", "epoch", "settings")
-        best_model = {name: run[name] for name in names}
-        best_model[f"{selection}_accuracy"] = best[f"{selection}_accuracy"]
+        names = ("model", "classes", "resolution", "epoch", "settings", "val_fingerprint")
+        best_model = {name: run[name] for name in names if name in run}
+        best_model[f"{eval_split}_accuracy"] = best[f"{eval_split}_accuracy"]
         atomic_write(folder / "best_model.pth", functools.partial(torch.save, best_model))
     table = pandas.DataFrame(history)
-    atomic_write(folder / "history.csv", functools.partial(table.to_csv, index=False, na_rep="nan"))
-    figure = draw_curves(history, selection)
-    save_figure = functools.partial(figure.savefig, format="png", dpi=100)
-    atomic_write(folder / "training_curves.png", save_figure)
+    write_csv = functools.partial(table.to_csv, index=False, na_rep="nan")
+    atomic_write(folder / "history.csv", write_csv)
+    figure = draw_curves(history, eval_split)
+    write_png = functools.partial(figure.savefig, format="png", dpi=100)
+    atomic_write(folder / "training_curves.png", write_png)
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -1094,13 +1142,13 @@ def read_checkpoint(path: Path) -> dict:
 
     It is loaded with weights_only=True, so no code is executed. Returns a dict whose "model" is the
     state dict, without the prefixes of torch.compile and DistributedDataParallel. Raises InputError
-    for a file that is damaged, or that holds no finite weights.
+    for a file that is damaged, or that has no finite weights.
     """
     with reported_as(f"cannot read the checkpoint {path}"):
         if path.suffix == ".safetensors":
             raise ValueError("save what safetensors.torch.load_file returns with torch.save")
         try:
-            # Checkpoints of torchvision's references and of timm hold their flags.
+            # Checkpoints of torchvision's references and of timm contain their flags.
             with torch.serialization.safe_globals([argparse.Namespace]):
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except OSError:
@@ -1108,15 +1156,19 @@ def read_checkpoint(path: Path) -> dict:
         except Exception as error:
             # torch's own message is long, and recommends to execute the code.
             code = ", ".join(re.findall(r"GLOBAL (\S+)", str(error)))
-            reason = f"it is damaged, or holds code, which is not executed {code}".rstrip()
-            raise ValueError(reason) from None
+            reason = f"it is damaged, or contains code, which is not executed {code}"
+            raise ValueError(reason.rstrip()) from None
         if not isinstance(checkpoint, dict):
-            raise ValueError(f"it holds a {type(checkpoint).__name__}, not a state dict")
+            raise ValueError(f"it contains a {type(checkpoint).__name__}, not a state dict")
 
-        state = checkpoint
-        for key in ("model_state_dict", "state_dict", "model"):
+        others = checkpoint
+        for key in ("model", "state_dict", "model_state_dict"):
             if isinstance(checkpoint.get(key), dict):
                 state = checkpoint[key]
+                break
+        else:
+            state = checkpoint
+            others = {}
         for name, value in state.items():
             if not isinstance(value, torch.Tensor):
                 keys = "model, state_dict or model_state_dict"
@@ -1124,10 +1176,9 @@ def read_checkpoint(path: Path) -> dict:
         prefix = re.compile(r"^((_orig_mod|module)\.)+")
         state = {prefix.sub("", name): value for name, value in state.items()}
         if not state:
-            raise ValueError("it holds no weights")
+            raise ValueError("it contains no weights")
         if not all_finite(state):
             raise ValueError("the weights contain NaN or Inf")
-    others = {} if state is checkpoint else checkpoint
     return {**others, "model": state}
 
 
@@ -1135,10 +1186,10 @@ def read_checkpoint(path: Path) -> dict:
 
 
 def load_splits(args: argparse.Namespace, checkpoint: dict) -> dict[str, datasets.Dataset]:
-    """Return the train split and the split on which the best epoch is chosen: "val" or "test".
+    """Return the train split, and the split on which the best epoch is chosen: "val" or "test".
 
     It is "val" with --val-split, or if the dataset has a val split; the test split is not read
-    then. A run that is resumed (`checkpoint`) keeps its splits. Raises InputError.
+    then. A run to resume (`checkpoint`) keeps its splits. Raises InputError.
     """
     with reported_as(f"cannot load --dataset {args.dataset}"):
         sources = find_splits(args.dataset, ["train"] if args.val_split else ["train", "test"])
@@ -1148,33 +1199,30 @@ def load_splits(args: argparse.Namespace, checkpoint: dict) -> dict[str, dataset
         if args.val_split:
             return hold_out(train_split, args.val_split)
 
-        selection = selection_split(checkpoint.get("num_photos", sources))
-        if selection not in sources and not checkpoint:
+        eval_split = choose_eval_split(checkpoint.get("num_photos", sources))
+        if eval_split not in sources and not checkpoint:
             raise ValueError("it has no test or val split: --val-split 0.1 holds out 10% of train")
         classes = train_split.features["label"].names
-        return {"train": train_split, selection: load_split(sources, selection, classes)}
+        return {"train": train_split, eval_split: load_split(sources, eval_split, classes)}
 
 
-def selection_split(splits: Iterable[str]) -> str:
+def choose_eval_split(splits: Iterable[str]) -> str:
     """Return the name of the split, one of `splits`, on which the best epoch is chosen."""
     return "val" if "val" in splits else "test"
 
 
 def find_splits(dataset: str, wanted: list[str]) -> dict:
-    """Return a dict from the names of a dataset's splits to their sources, for load_split.
+    """Return the sources of a dataset's splits, by name, for load_split.
 
-    A source is a folder of class folders, a list of parquet files, or a Dataset from the Hub. Of
-    the default dataset, only the `wanted` splits are downloaded. Raises InputError.
+    A source is a folder of class folders, a list of parquet files, or a Dataset from the Hub. From
+    the default dataset, only the `wanted` splits are downloaded. The splits "valid", "validation"
+    and "dev" are called "val". Raises InputError.
     """
-    datasets.disable_progress_bars()
-    if RANK > 0 or not sys.stderr.isatty():
-        huggingface_hub.utils.disable_progress_bars()
     folder = Path(dataset)
     if not folder.is_dir():
         # Under torchrun all processes ask; the locks of the Hub's cache let one of them download.
-        with reported_as(
-            f"--dataset {dataset} is not a folder and could not be loaded from the Hub"
-        ):
+        reason = "is not a folder and could not be loaded from the Hub"
+        with reported_as(f"--dataset {dataset} {reason}"):
             if dataset != DEFAULT_DATASET:
                 return with_val(datasets.load_dataset(dataset))
             # The repository also holds seven corrupted copies of the test split.
@@ -1186,25 +1234,32 @@ def find_splits(dataset: str, wanted: list[str]) -> dict:
             )
 
     folder = Path(folder).resolve()
+    files = sorted(folder.glob("data/*.parquet"))
+    if not files:
+        files = sorted(folder.glob("*.parquet"))
     sources = {}
-    for file in sorted(folder.glob("data/*.parquet")) or sorted(folder.glob("*.parquet")):
-        sources.setdefault(file.stem.partition("-")[0], []).append(file)
+    for file in files:
+        split = file.stem.partition("-")[0]
+        sources.setdefault(split, []).append(file)
     for path in folder.iterdir():
-        if path.is_dir():
+        if path.is_dir() and is_visible(path.name) and path.name != "data":
             sources[path.name] = path
     return with_val(sources)
 
 
 def with_val(sources: dict) -> dict:
-    """Return `sources` with the split "validation" under the name "val"."""
-    return {"val" if name == "validation" else name: source for name, source in sources.items()}
+    """Return `sources` with the name "val" for the val split. Raises ValueError for several."""
+    found = [name for name in sources if name in VAL_NAMES]
+    if len(found) > 1:
+        raise ValueError(f"it has several val splits: {', '.join(found)}")
+    return {"val" if name in found else name: source for name, source in sources.items()}
 
 
 def load_split(sources: dict, split: str, classes: list[str] | None = None) -> datasets.Dataset:
-    """Load a split of the columns `image` (still encoded) and `label`.
+    """Load a split with the columns `image` (still encoded) and `label`.
 
-    A label is an index into `classes`, the class names of training; None stands for the split's
-    own names. Raises ValueError for a split that is missing, empty, or of other columns or classes.
+    A label is an index into `classes`, the class names of training. None stands for the split's own
+    names. Raises ValueError for a split that is missing, empty, or has other columns or classes.
     """
     source = sources.get(split)
     if source is None:
@@ -1243,7 +1298,7 @@ def read_parquet(files: list[Path], split: str) -> datasets.Dataset:
     parts = []
     for file in files:
         try:
-            # from_parquet takes a path for a glob pattern, unless it is escaped.
+            # from_parquet treats a path as a glob pattern, unless it is escaped.
             parts.append(datasets.Dataset.from_parquet(glob.escape(str(file)), split=split))
         except Exception as error:
             cache = datasets.config.HF_DATASETS_CACHE
@@ -1331,8 +1386,9 @@ def is_visible(name: str) -> bool:
 def label_by_name(photos: datasets.Dataset, classes: list[str]) -> datasets.Dataset:
     """Return `photos` with labels that are indices into `classes`, which has all of their names.
 
-    The order may differ: folders are sorted, and the Hub's names are not. A folder cannot be named
-    "Ram C/V", so / - and _ are equal where that is unambiguous. Raises ValueError otherwise.
+    The order may differ: folders are sorted, and the Hub's names are not. Stanford Cars has a class
+    "Ram C/V", and no folder can be named so: / - and _ are equal where that is unambiguous. Raises
+    ValueError for other names, and for labels out of range.
     """
     names = photos.features["label"].names
     labels = photos["label"][:]
@@ -1364,16 +1420,16 @@ def label_by_name(photos: datasets.Dataset, classes: list[str]) -> datasets.Data
     return photos.remove_columns("label").add_column("label", labels, feature=feature)
 
 
-def hold_out(photos: datasets.Dataset, share: float) -> dict[str, datasets.Dataset]:
-    """Divide the train split into "train" and "val", which gets `share` of each class's photos.
+def hold_out(photos: datasets.Dataset, fraction: float) -> dict[str, datasets.Dataset]:
+    """Divide the train split into "train" and "val", which gets `fraction` of each class.
 
-    At least one photo of a class is held out and one is kept. Which ones follows from a hash of a
-    photo's name: its path below the split's folder, or its row in a parquet file. Raises ValueError
-    for a class of one photo.
+    At least one photo of a class is held out, and one is kept. Which ones follows from a hash of a
+    photo's name: its path below the split's folder, or its row in the parquet files. Raises
+    ValueError for a class of one photo.
     """
     names = [str(row) for row in range(len(photos))]
-    if photos[0]["image"]["bytes"] is None:
-        paths = photo_paths(photos)
+    paths = photo_paths(photos)
+    if all(path and os.path.isabs(path) for path in paths):  # those of read_class_folders
         root = os.path.commonpath(paths)
         names = [os.path.relpath(path, root) for path in paths]
     rows_of = {}
@@ -1386,7 +1442,7 @@ def hold_out(photos: datasets.Dataset, share: float) -> dict[str, datasets.Datas
             name = photos.features["label"].names[label]
             raise ValueError(f"--val-split: the class {name!r} has only one train photo")
         rows.sort(key=lambda row: hashlib.sha256(os.fsencode(names[row])).digest())
-        count = min(max(1, round(share * len(rows))), len(rows) - 1)
+        count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
         held_out.extend(rows[:count])
     kept = sorted(set(range(len(photos))) - set(held_out))
     return {"train": photos.select(kept), "val": photos.select(sorted(held_out))}
@@ -1394,18 +1450,93 @@ def hold_out(photos: datasets.Dataset, share: float) -> dict[str, datasets.Datas
 
 def photo_paths(photos: datasets.Dataset) -> list:
     """Return the column image.path, without reading a photo."""
-    return photos.flatten().select_columns("image.path").to_pandas()["image.path"].tolist()
+    table = photos.flatten().select_columns("image.path").with_format("arrow")[:]
+    return table["image.path"].to_pylist()
 
 
 def fingerprint(photos: datasets.Dataset) -> str:
-    """Return a hash of the photos of a split and of their order."""
+    """Return a hash of the photos of a split, in their order. Raises InputError."""
     digest = hashlib.sha256()
-    for photo in photos:
-        digest.update(hashlib.sha256(read_encoded(photo["image"])).digest())
+    with reported_as("cannot read the photos of the val split"):
+        for photo in photos:
+            digest.update(hashlib.sha256(read_encoded(photo["image"])).digest())
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------- processes
+# ---------------------------------------------------------------- what is printed
+
+
+def count_photos(num_photos: dict[str, int]) -> str:
+    """Return "8144 train and 8041 test photos"."""
+    return " and ".join(f"{count} {split}" for split, count in num_photos.items()) + " photos"
+
+
+def device_name() -> str:
+    """Return the name of the GPU, or "CPU", and the number of processes."""
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
+    return name if WORLD_SIZE == 1 else f"{WORLD_SIZE} processes, each on {name}"
+
+
+def precision_name(precision: torch.dtype) -> str:
+    """Return "float16 mixed precision", "float32 (TF32)" or "float32"."""
+    name = str(precision).removeprefix("torch.")
+    if precision != torch.float32:
+        return f"{name} mixed precision"
+    return f"{name} (TF32)" if DEVICE.type == "cuda" else name
+
+
+def log_without_gpu(consequence: str):
+    """Print a line if no GPU can be used, and torch's reason if there is one that cannot."""
+    if DEVICE.type == "cuda":
+        return
+    log(f"no GPU found: {consequence}")
+    if torch.backends.cuda.is_built():
+        try:
+            torch.cuda.init()
+        except Exception as error:
+            reason = one_line(error)
+            if "no NVIDIA driver" not in reason and "No CUDA GPUs" not in reason:
+                log(f"warning     {reason}")
+
+
+def log_resume(args: argparse.Namespace, checkpoint: dict):
+    """Print where a run continues."""
+    eval_split = choose_eval_split(checkpoint["num_photos"])
+    best = best_row(checkpoint["history"], eval_split)
+    accuracy = f"{best[f'{eval_split}_accuracy']:.2%}"
+    progress = f"epoch {checkpoint['epoch']} of {args.epochs}"
+    log(f"resuming after {progress} (best {accuracy} in epoch {best['epoch']})")
+    if not (args.output_dir / "best_model.pth").exists():
+        log(f"note        best_model.pth is missing: it is saved once {accuracy} is beaten")
+
+
+def log_settings(settings: dict):
+    """Print the settings of the recipe: "resolution 224, batch size 128, …"."""
+    not_recipe = ("dataset", "val_split", "workers", "amp", "amp_dtype", "compile")
+    recipe = {name: value for name, value in settings.items() if name not in not_recipe}
+    texts = [f"{name.replace('_', ' ')} {value}" for name, value in recipe.items()]
+    log(f"settings    {', '.join(texts)}")
+
+
+def log_result(args: argparse.Namespace, run: dict):
+    """Print the last and the best accuracy of a run, and the command that comes next."""
+    eval_split = choose_eval_split(run["num_photos"])
+    last = run["history"][-1]
+    best = best_row(run["history"], eval_split)
+    column = f"{eval_split}_accuracy"
+    folder = args.output_dir
+    log(
+        f"trained {last['epoch']} epochs in {run['elapsed'] / 60:.1f} min. "
+        f"Last {last[column]:.2%}. Best {best[column]:.2%} in epoch {best['epoch']} "
+        f"(chosen on the {eval_split} split): {folder / 'best_model.pth'}"
+    )
+    command = ["python", "eval.py", "--tta"]
+    if folder != Path("."):
+        command += ["--checkpoint", str(folder / "best_model.pth"), "--output-dir", str(folder)]
+    log(f"next: {shlex.join(command)}")
+
+
+# ---------------------------------------------------------------- processes and main
 
 
 def run_command(main: Callable[[], None]):
@@ -1433,7 +1564,8 @@ def run_command(main: Callable[[], None]):
 
 def in_first_process(function: Callable, *args):
     """Call `function` in the first process; return its result or raise its InputError in all."""
-    result, error = None, None
+    result = None
+    error = None
     if RANK == 0:
         try:
             result = function(*args)
@@ -1448,105 +1580,60 @@ def in_first_process(function: Callable, *args):
     return result
 
 
-def set_up_torch():
+def set_up():
     """Choose the device and TF32, and connect the processes that torchrun started."""
     torch.set_float32_matmul_precision("high")  # TF32
-    if decode_image is None:
-        reason = one_line(TORCHCODEC_ERROR)[:200]
-        remedy = "install torchcodec from the same index as torch"
-        log(f"warning     Pillow decodes the photos, more slowly: {remedy} ({reason})")
     if DEVICE.type == "cuda":
         torch.cuda.set_device(DEVICE)
     if WORLD_SIZE > 1:
         dist.init_process_group(dist.get_default_backend_for_device(DEVICE))
-
-
-def log_without_gpu(consequence: str):
-    """Print a line if no GPU can be used, and torch's reason if there is one that cannot."""
-    if DEVICE.type == "cuda":
-        return
-    log(f"no GPU found: {consequence}")
-    if torch.backends.cuda.is_built():
-        try:
-            torch.cuda.init()
-        except Exception as error:
-            reason = one_line(error)
-            if "no NVIDIA driver" not in reason and "No CUDA GPUs" not in reason:
-                log(f"warning     {reason}")
-
-
-def device_name() -> str:
-    """Return the name of the GPU, or "CPU", and the number of processes."""
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
-    return name if WORLD_SIZE == 1 else f"{WORLD_SIZE} processes, each on {name}"
-
-
-def precision_name(precision: torch.dtype) -> str:
-    """Return "float16 mixed precision", or "float32"."""
-    name = str(precision).removeprefix("torch.")
-    return name if precision == torch.float32 else f"{name} mixed precision"
-
-
-def settings_line(settings: dict) -> str:
-    """Return the flags of the recipe as text: "resolution 224, batch size 128, …"."""
-    not_recipe = ("dataset", "val_split", "workers", "amp", "amp_dtype", "compile")
-    recipe = {name: value for name, value in settings.items() if name not in not_recipe}
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in recipe.items())
-
-
-def log_result(args: argparse.Namespace, run: dict):
-    """Print the last and the best accuracy of a run, and the command that comes next."""
-    selection = selection_split(run["num_photos"])
-    last = run["history"][-1]
-    best = best_row(run["history"], selection)
-    accuracy = f"{selection}_accuracy"
-    folder = args.output_dir
-    log(
-        f"trained {last['epoch']} epochs in {run['elapsed'] / 60:.1f} min. "
-        f"Last {last[accuracy]:.2%}. Best {best[accuracy]:.2%} in epoch {best['epoch']} "
-        f"(chosen on the {selection} split): {folder / 'best_model.pth'}"
-    )
-    command = ["python", "eval.py", "--tta"]
-    if folder != Path("."):
-        command += ["--checkpoint", str(folder / "best_model.pth"), "--output-dir", str(folder)]
-    log(f"next: {shlex.join(command)}")
+    datasets.disable_progress_bars()
+    if RANK > 0 or not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
+    if TORCHCODEC_ERROR:
+        reason = one_line(TORCHCODEC_ERROR)[:200]
+        remedy = "install torchcodec from the same index as torch"
+        log(f"warning     Pillow decodes the photos, more slowly: {remedy} ({reason})")
 
 
 def main(argv: list[str] | None = None):
-    """Train as the flags `argv` say. Raises InputError for a mistake the user can fix."""
+    """Train as the flags in `argv` say. Raises InputError for a mistake the user can fix."""
     args = parse_args(argv)
-    set_up_torch()
+    set_up()
     torch.backends.cudnn.benchmark = True  # Picks the fastest kernels, by timing them.
     args, checkpoint, is_new = in_first_process(open_run, args, argv)
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    workers = DEFAULT_WORKERS if args.workers is None else args.workers
+    if checkpoint and args.epochs <= checkpoint["epoch"]:
+        log(f"nothing to train: {checkpoint['epoch']} epochs are done, of --epochs {args.epochs}")
+        log_result(args, checkpoint)
+        return
     if checkpoint:
-        if args.epochs <= checkpoint["epoch"]:
-            log(f"nothing to train: {checkpoint['epoch']} of {args.epochs} epochs are done")
-            log_result(args, checkpoint)
-            return
-        log(resume_line(args, checkpoint))
-    settings = {name: value for name, value in vars(args).items() if name not in UNSTORED_FLAGS}
-    if args.workers is None:
-        args.workers = DEFAULT_WORKERS
-    args.compile = use_compile(args.compile)
-    precision = pick_precision(args.amp, args.amp_dtype)
+        log_resume(args, checkpoint)
     log_without_gpu("training on the CPU (the full recipe would take days)")
-    compiled = "torch.compile" if args.compile else "no torch.compile"
-    hardware = f"{device_name()}, {precision_name(precision)}, {compiled}"
-    log(f"device      {hardware}, {args.workers} workers")
+    compiled = use_compile(args.compile)
+    precision = pick_precision(args.amp, args.amp_dtype)
+    compiling = "torch.compile" if compiled else "no torch.compile"
+    log(f"device      {device_name()}, {precision_name(precision)}, {compiling}, {workers} workers")
 
     splits = load_splits(args, checkpoint)
+    num_train = len(splits["train"])
+    check_batch_size(args.batch_size, num_train)
     run = describe_run(settings, splits, checkpoint)
     log(f"data        {count_photos(run['num_photos'])}, {len(run['classes'])} classes")
-    log(f"settings    {settings_line(settings)}")
-    train_batch_sizes(len(splits["train"]), args.batch_size)  # Raises InputError.
-    parts = build_parts(args, checkpoint, len(run["classes"]), precision)
-    if args.compile:
-        compile_full_batches(parts["model"], args.batch_size // WORLD_SIZE)
-        log("compiling   takes a minute or two of the first epoch")
+    log_settings(settings)
 
+    network, optimizer, scaler = build_training(args, checkpoint, len(run["classes"]), precision)
+    if compiled:
+        compile_full_batches(network, min(args.batch_size, num_train) // WORLD_SIZE)
+        log("compiling   takes a minute or two of the first epoch")
     in_first_process(claim_folder, args, settings, is_new)
     try:
-        train(args, run, splits, parts, precision)
+        autocast = autocast_to(precision)
+        train_run(args, run, splits, network, optimizer, scaler, autocast, workers)
+    except KeyboardInterrupt:
+        log("interrupted: --resume continues after the last saved epoch")
+        raise
     except Exception:
         if RANK == 0 and not (args.output_dir / "last_checkpoint.pth").exists():
             # Nothing was saved: the corrected command may use the folder.

@@ -58,8 +58,8 @@ def noting_decode_photo(encoded):
     return decode_photo(encoded)
 
 
-def noting_build_network(*args):
-    networks.append(build_network(*args))
+def noting_build_network(*args, **options):
+    networks.append(build_network(*args, **options))
     return networks[-1]
 
 
@@ -91,18 +91,18 @@ def note_buffers() -> dict:
 
     counts = {"forward": 0, "evaluation": 0}
     sync_buffers = DistributedDataParallel._sync_buffers
-    sync_batch_norm = train.sync_batch_norm
+    broadcast_buffers = train.broadcast_buffers
 
     def noting_sync_buffers(network):
         counts["forward"] += 1
         sync_buffers(network)
 
-    def noting_sync_batch_norm(network):
+    def noting_broadcast_buffers(network):
         counts["evaluation"] += 1
-        sync_batch_norm(network)
+        broadcast_buffers(network)
 
     DistributedDataParallel._sync_buffers = noting_sync_buffers
-    train.sync_batch_norm = noting_sync_batch_norm
+    train.broadcast_buffers = noting_broadcast_buffers
     return counts
 
 

@@ -38,7 +38,7 @@ def test_the_textbook_gives_the_logits_of_eval(trained):
     model.load_state_dict(train.read_checkpoint(trained.run / "best_model.pth")["model"])
     expected = benchmark.textbook_tta(model, {"test": test}, sizes=(64, 8, 0))
     flags = SimpleNamespace(batch_size=8, workers=0, tta=True, split="test", resolution=64)
-    photos = evaluation.views_of(test, flags)
+    photos = evaluation.view_dataset(test, flags)
     autocast = train.autocast_to(torch.float32)
     logits = [logits for _, logits, _ in evaluation.predict(model, photos, flags, autocast)]
     mean = torch.cat(logits, dim=1).mean(0)

@@ -99,8 +99,8 @@ REFUSED = [
     ("row 2 has label -1, which is out of range", put("label", 2, -1)),
     ("row 2 has label 2, which is out of range", put("label", 2, 2)),
     ("row 2 has label None, which is out of range", put("label", 2, None)),
-    ("the train photo in row 1 is missing", put("image", 1, None)),
-    ("the train photo in row 1 is missing", put("image", 1, {"bytes": None, "path": None})),
+    ("train photo in row 1 cannot be decoded: it is missing", put("image", 1, None)),
+    ("row 1 cannot be decoded: it is missing", put("image", 1, {"bytes": None, "path": None})),
     ("train photo in row 1 cannot be decoded: ", put("image", 1, {"bytes": b"text", "path": None})),
     # Empty bytes are a damaged photo, and not a reason to open a file of that name.
     ("train photo a.jpg cannot be decoded: ", put("image", 1, {"bytes": b"", "path": "a.jpg"})),
@@ -324,6 +324,8 @@ def test_a_share_of_each_class_is_held_out_and_the_test_split_is_not_read(
     out = success(run_eval(*flags, "--split", "val"))
     assert f"chosen on the val split ({best['val_accuracy']:.2%})" in out.splitlines()[0]
     assert f"({round(7 * best['val_accuracy'])} of 7, " in out
+    assert "the epoch was chosen on this split" in out
+    assert " of 15, " in success(run_eval(*flags, "--split", "train"))
 
 
 def test_held_out_photos_depend_on_their_names_alone(many):
@@ -353,7 +355,7 @@ def test_a_class_of_one_photo_cannot_be_divided(many, train_on):
     assert "--val-split: the class 'c' has only one train photo" in err
 
 
-@pytest.mark.parametrize("name", ["val", "validation"])
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
 @pytest.mark.parametrize("layout", ["folders", "parquet", "hub"])
 def test_a_dataset_s_own_val_split_is_used(
     many, train_on, run_eval, tmp_path, hub_at, name, layout
@@ -381,13 +383,18 @@ def test_a_dataset_s_own_val_split_is_used(
     assert "it has a val split of its own: leave out --val-split" in err
 
 
-def test_a_resumed_run_refuses_photos_that_would_be_divided_in_another_way(many, train_on):
+def test_photos_that_would_be_divided_in_another_way_are_refused(
+    many, train_on, run_eval, tmp_path
+):
     flags = ["--val-split", 0.3, "--resume"]
     success(train_on(many, *flags))
     # The same numbers of photos, but another one of class "c" is held out.
     (many / "train/c/0.jpg").rename(many / "train/c/swap.jpg")
     (many / "train/c/1.jpg").rename(many / "train/c/0.jpg")
     (many / "train/c/swap.jpg").rename(many / "train/c/1.jpg")
+    flags_of_eval = ["--checkpoint", tmp_path / "run/best_model.pth", "--output-dir", tmp_path]
+    err = refusal(run_eval(*flags_of_eval, "--split", "val"))
+    assert "other photos than in the run would be held out" in err
     err = refusal(train_on(many, *flags, "--epochs", 2))
     assert "--dataset: the photos of the val split differ from the run to resume" in err
     err = refusal(train_on(many, "--resume", "--epochs", 2, "--val-split", 0.2))
@@ -547,6 +554,16 @@ def test_every_kind_of_photo_is_upright_rgb(kind, decoder):
     difference = (photo.int() - expected.int()).abs().float()
     lossless = any(word in kind for word in ("png", "palette", "alpha", "webp", "gif"))
     assert difference.max() <= 1 if lossless else difference.mean() < 4
+
+
+def test_16_bits_keep_their_brightness_or_are_refused(monkeypatch):
+    gray = np.arange(256).reshape(16, 16)
+    encoded = encode(Image.fromarray((257 * gray).astype(np.uint16)), format="PNG")
+    if train.decode_image:
+        assert np.array_equal(train.decode_photo(encoded), [gray] * 3)
+    monkeypatch.setattr(train, "decode_image", None)
+    with pytest.raises(ValueError, match="16-bit"):
+        train.decode_photo(encoded)
 
 
 @pytest.mark.skipif(train.decode_image is None, reason="torchcodec cannot be loaded")

@@ -76,11 +76,15 @@ def test_recipe_three_processes_train_the_weights_that_one_trains_and_end_withou
         assert row[name] == pytest.approx(expected[name], rel=1e-4)
 
 
-# Nine is no multiple of two, and two photos are one for each process.
-@pytest.mark.parametrize("batch_size", [9, 2])
-def test_batches_that_two_processes_cannot_share_are_refused(ranks, tmp_path, batch_size):
+BATCH_SIZES = [(9, "is not a multiple of 2 processes"), (2, "batch norm needs two photos in each")]
+
+
+@pytest.mark.parametrize("batch_size, reason", BATCH_SIZES)
+def test_batches_that_two_processes_cannot_share_are_refused(ranks, tmp_path, batch_size, reason):
     for outcome in ranks(2, "--batch-size", batch_size, "--output-dir", tmp_path):
-        assert f"--batch-size {batch_size} of 16 " in refusal(outcome)
+        err = refusal(outcome)
+        assert f"--batch-size {batch_size}" in err
+        assert reason in err
 
 
 def test_what_the_first_process_refuses_ends_all_with_its_reason(ranks, finished):

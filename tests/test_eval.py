@@ -177,7 +177,7 @@ def test_the_most_confident_error_of_each_of_the_five_worst_classes_is_shown():
 
 
 def test_maps_equal_pytorch_grad_cam_and_keep_no_early_activations(plain):
-    loaded = evaluation.load_network(train.read_checkpoint(plain.checkpoint))
+    loaded = evaluation.load_network(train.read_checkpoint(plain.checkpoint)["model"])
     photo = train.decode_photo(plain.paths[3].read_bytes())
     saved = []
     hooks = (lambda value: saved.append(value.numel()) or value, lambda value: value)
@@ -311,7 +311,7 @@ def test_one_photo_all_right_at_another_resolution(run_eval, plain, tmp_path, mo
     (tmp_path / "gradcam_worst.png").write_bytes(b"of an older run")
     flags = ["--checkpoint", tmp_path / "1.pth", "--dataset", cars, "--output-dir", tmp_path]
     out = success(run_eval(*flags, "--resolution", 40, "--tta"))
-    assert "epoch 1, trained at 64 px" in out
+    assert f"epoch {plain.saved['epoch']}, trained at 64 px" in out
     assert ", float32\nresolution  40 px\n" in out
     assert "7 of 8 classes have no test photos" in out
     assert not (tmp_path / "gradcam_worst.png").exists()

@@ -5,6 +5,7 @@ Only the tests named test_recipe_… know the optimizer, its schedule and the lo
 
 import copy
 import functools
+import importlib.util
 import math
 import os
 import sys
@@ -47,7 +48,7 @@ def test_recipe_learning_rates_of_90_epochs_are_those_of_the_reference(lr):
     args = train.parse_args(["--lr", str(lr)])
     for epoch in range(90):
         # The formula of the reference's train.py, which counts epochs from 0.
-        assert train.learning_rate(args, epoch + 1) == lr * (0.1 ** (epoch // 30))
+        assert args.lr * train.lr_factor(args, epoch + 1) == lr * (0.1 ** (epoch // 30))
 
 
 def test_recipe_one_learning_rate_for_all_parameters_and_nothing_frozen(finished):
@@ -158,8 +159,8 @@ def plain_float16_run(cars, epochs: int) -> tuple[dict, dict, dict]:
     train_split = train.load_split(train.find_splits(str(cars), ["train"]), "train")
     photos = train.CroppedPhotos({"train": train_split}, {"train": train.random_crop}, 33)
     for epoch in range(1, epochs + 1):
-        for keys in train.train_keys(16, [8, 8], 0, epoch):
-            images, targets = torch.utils.data.default_collate(photos.__getitems__(keys))
+        for indices in train.train_batches(16, [8, 8], 0, epoch):
+            images, targets = torch.utils.data.default_collate(photos.__getitems__(indices))
             with torch.autocast(train.DEVICE.type, torch.float16):
                 logits = model(train.move_and_normalize(images))
                 loss = cross_entropy(logits, targets.to(train.DEVICE), reduction="sum") / 8
@@ -212,18 +213,35 @@ def test_recipe_sgd_with_overflows_equals_sgd_that_is_not_fused():
     assert ours.weight.isfinite().all()
 
 
+def test_a_parameter_group_keeps_its_share_of_the_learning_rate(run_train, tmp_path, monkeypatch):
+    # As in fine-tuning with a higher learning rate for the new layer.
+    def two_groups(network, args):
+        head = [{"params": network.fc.parameters(), "lr": 10 * args.lr}]
+        rest = [value for name, value in network.named_parameters() if not name.startswith("fc.")]
+        return torch.optim.SGD([{"params": rest}, *head], lr=args.lr)
+
+    monkeypatch.setattr(train, "build_optimizer", two_groups)
+    monkeypatch.setattr(train, "lr_factor", lambda args, epoch: 0.5**epoch)
+    flags = ["--lr", 0.01, "--output-dir", tmp_path, "--resume"]
+    success(run_train(*flags, "--epochs", 1))
+    success(run_train(*flags, "--epochs", 2))
+    groups = load(tmp_path / "last_checkpoint.pth")["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == [0.0025, 0.025]
+    assert [row["lr"] for row in read_history(tmp_path)] == [0.005, 0.0025]
+
+
 def test_a_train_loss_that_overflows_in_one_batch_does_not_end_the_run(
     run_train, tmp_path, monkeypatch
 ):
     calls = []
-    training_loss = train.training_loss
+    training_loss_sum = train.training_loss_sum
 
     def overflow_once(*args):
         calls.append(None)
-        loss_sum, num_correct = training_loss(*args)
+        loss_sum, num_correct = training_loss_sum(*args)
         return loss_sum * (math.inf if len(calls) == 1 else 1), num_correct
 
-    monkeypatch.setattr(train, "training_loss", overflow_once)
+    monkeypatch.setattr(train, "training_loss_sum", overflow_once)
     success(run_train(*FLOAT16, "--epochs", 2, "--output-dir", tmp_path))
     first, second = read_history(tmp_path)
     assert first["train_loss"] == math.inf
@@ -265,7 +283,7 @@ def test_nan_in_a_running_variance_ends_the_run(run_train, tmp_path, monkeypatch
     assert len(read_history(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("flags", [["--lr", "1e30"], ["--lr", "inf"], ["--weight-decay", "inf"]])
+@pytest.mark.parametrize("flags", [["--lr", "1e30"], ["--weight-decay", "1e39"]])
 def test_weights_that_are_not_finite_end_the_run_and_leave_no_files(run_train, tmp_path, flags):
     err = refusal(run_train(*flags, "--epochs", 5, "--output-dir", tmp_path))
     assert "epoch 1: the weights contain NaN or Inf: start again with a lower --lr" in err
@@ -291,33 +309,39 @@ def test_the_random_numbers_of_a_step_depend_on_seed_and_epoch_alone(
         **{**vars(SMALL_NETWORK), "build": SmallWithDropout, "head": "0.fc.1"}
     )
     monkeypatch.setattr(train, "NETWORK", network)
-    training_loss = train.training_loss
+    training_loss_sum = train.training_loss_sum
     drawn = []
+    stops = []
 
     def drawing_loss(*args):
+        if stops == [len(drawn)]:
+            stops.clear()
+            raise train.InputError("stopped")
         drawn.append((np.random.rand(), torch.rand(1).item()))  # as mixup does
-        return training_loss(*args)
+        return training_loss_sum(*args)
 
-    monkeypatch.setattr(train, "training_loss", drawing_loss)
+    monkeypatch.setattr(train, "training_loss_sum", drawing_loss)
     flags = ["--resume", "--output-dir"]
     success(run_train("--epochs", 3, *flags, tmp_path / "unbroken"))
     expected = list(drawn)
     drawn.clear()
-    success(run_train("--epochs", 2, *flags, tmp_path / "resumed", "--workers", workers))
-    success(run_train("--epochs", 3, *flags, tmp_path / "resumed", "--workers", 1))
+    flags = ["--epochs", 3, *flags, tmp_path / "resumed"]
+    stops.append(4)  # in the third epoch
+    refusal(run_train(*flags, "--workers", workers))
+    success(run_train(*flags, "--workers", 1))
     assert len(set(expected)) == 6
     assert drawn == expected
     assert_same_run(tmp_path / "unbroken", tmp_path / "resumed")
 
 
 def test_gradients_are_freed_before_the_next_forward_pass(run_train, tmp_path, monkeypatch):
-    training_loss = train.training_loss
+    training_loss_sum = train.training_loss_sum
 
     def check(network, *args):
         assert all(parameter.grad is None for parameter in network.parameters())
-        return training_loss(network, *args)
+        return training_loss_sum(network, *args)
 
-    monkeypatch.setattr(train, "training_loss", check)
+    monkeypatch.setattr(train, "training_loss_sum", check)
     success(run_train("--epochs", 1, "--output-dir", tmp_path))
 
 
@@ -335,21 +359,21 @@ def storages(state) -> set[tuple[str, int]]:
 def test_the_thread_that_writes_gets_copies_on_the_cpu(run_train, tmp_path, monkeypatch):
     live = {}
     handed_over = []
-    build_parts = train.build_parts
+    build_training = train.build_training
     write_run = train.write_run
 
-    def noting_build_parts(*args):
-        live.update(build_parts(*args))
-        return live
+    def noting_build_training(*args):
+        live["parts"] = build_training(*args)
+        return live["parts"]
 
     def noting_write_run(run, *args):
         handed_over.append(storages(run))
         write_run(run, *args)
 
-    monkeypatch.setattr(train, "build_parts", noting_build_parts)
+    monkeypatch.setattr(train, "build_training", noting_build_training)
     monkeypatch.setattr(train, "write_run", noting_write_run)
     success(run_train("--epochs", 1, "--output-dir", tmp_path))
-    in_use = storages({name: part.state_dict() for name, part in live.items()})
+    in_use = storages(train.states_of(*live["parts"]))
     (copies,) = handed_over
     assert len(copies) == len(in_use)
     assert not copies & in_use
@@ -432,27 +456,47 @@ def test_a_second_batch_size_is_not_compiled_for_any_size(monkeypatch):
     assert compiled == [2, 3]
 
 
-@pytest.mark.parametrize("missing", ["gcc", "python3-dev"])
-def test_without_a_compiler_a_gpu_trains_uncompiled_and_says_which_package_is_missing(
-    monkeypatch, capsys, tmp_path, missing
-):
+@pytest.fixture
+def fake_cuda(monkeypatch, tmp_path):
+    """A machine with a GPU on which everything is there that torch.compile needs."""
     monkeypatch.setattr(train, "DEVICE", torch.device("cuda"))
-    monkeypatch.setenv("CC", sys.executable)  # There may be no compiler on this machine.
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "triton")
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CC", sys.executable)
     (tmp_path / "Python.h").touch()
+
+
+@pytest.mark.parametrize("missing", ["gcc", "python3-dev", "triton", "capability"])
+def test_without_what_torch_compile_needs_a_gpu_trains_uncompiled_and_says_what_is_missing(
+    fake_cuda, monkeypatch, capsys, tmp_path, missing
+):
     assert train.use_compile(None) is True
+    assert capsys.readouterr().out == ""
     if missing == "gcc":
         monkeypatch.delenv("CC")
-        monkeypatch.setenv("PATH", str(tmp_path))
-    else:
+    elif missing == "python3-dev":
         os.remove(tmp_path / "Python.h")
-    capsys.readouterr()
+    elif missing == "triton":
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    else:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
     assert train.use_compile(None) is False
     (line,) = capsys.readouterr().out.splitlines()
     assert "warning" in line
-    assert f"package {missing}" in line
+    assert missing in line
     assert train.use_compile(False) is False
-    with pytest.raises(train.InputError, match=f"--compile needs .*package {missing}"):
+    with pytest.raises(train.InputError, match=f"--compile needs .*{missing}"):
+        train.use_compile(True)
+
+
+def test_without_a_cpp_compiler_compile_on_a_cpu_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "DEVICE", torch.device("cpu"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert train.use_compile(None) is False
+    with pytest.raises(train.InputError, match="--compile needs a compiler .package g++"):
         train.use_compile(True)
 
 
@@ -524,7 +568,14 @@ def test_a_flag_out_of_range_is_named_with_its_limit(capsys, flag, lowest, too_l
         assert f" of at least {lowest}" in line
 
 
-@pytest.mark.parametrize("flag", [f"--seed={2**32}", "--val-split=1"])
+@pytest.mark.parametrize("flag", ["lr", "weight-decay"])
+def test_a_number_has_to_be_finite(capsys, flag):
+    with pytest.raises(SystemExit, match="2"):
+        train.parse_args([f"--{flag}=inf"])
+    assert f"argument --{flag}: inf is not a number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", [f"--seed={2**32}", "--val-split=1", "--momentum=2"])
 def test_a_flag_that_is_too_large_is_refused(capsys, flag):
     with pytest.raises(SystemExit, match="2"):
         train.parse_args([flag])
