@@ -4,9 +4,9 @@
     python eval.py --tta --num-gradcam 32       # also average six views; draw more GradCAM maps
     python eval.py --images car.jpg holidays    # classify photos and folders of your own
 
-TTA (test-time augmentation) averages the logits of three scales, each as it is and mirrored. The
-reference reports 91.78% at 448 px (91.93% with TTA) and 89.38% at 224 px (90.32% with TTA). These
-figures have not been measured with this code yet.
+TTA (test-time augmentation) averages the logits of three scales, each as it is and mirrored. This
+program has not been measured on a GPU yet; the reference reports 91.78% at 448 px (91.93% with TTA)
+and 89.38% at 224 px (90.32% with TTA).
 """
 
 import argparse
@@ -75,8 +75,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="processes that load photos (default: %(default)s)")
     add("--amp", action=argparse.BooleanOptionalAction,
         help="use mixed precision (default: as in the run)")
-    add("--output-dir", type=train.path_type, default=Path("."),
-        help="folder for all files (default: the current folder)")
+    add("--output-dir", type=train.path_type,
+        help="folder for all files (default: that of the checkpoint)")
     # fmt: on
     return parser.parse_args(argv)
 
@@ -127,7 +127,7 @@ class OwnPhotos(train.CroppedPhotos):
         items = []
         for index in indices:
             try:
-                [(views, _)] = super().__getitems__([index])
+                views, _ = super().__getitems__([index])[0]
                 reason = ""
             except train.InputError as error:
                 split = index[0]
@@ -146,8 +146,8 @@ def predict(network, photos: train.CroppedPhotos, args, autocast) -> Iterator[tu
     the CPU, with TTA (6, B, classes): the three views, then the same mirrored. Raises InputError if
     logits are NaN or Inf.
     """
-    [(split, rows)] = photos.splits.items()
-    index_batches = train.eval_batches(split, len(rows), args.batch_size)
+    split = next(iter(photos.splits))
+    index_batches = train.eval_batches(split, len(photos.splits[split]), args.batch_size)
     with train.open_loader(photos, index_batches, args.workers) as batches:
         for views, labels in train.take_batches(batches, len(index_batches), f"{split} photos"):
             crops = list(views.to(train.DEVICE, non_blocking=True).unbind(1))  # (B, R, R, 3) each
@@ -164,8 +164,8 @@ def predict(network, photos: train.CroppedPhotos, args, autocast) -> Iterator[tu
 def grad_cam(network: torch.nn.Module, crop: torch.Tensor, target: int) -> np.ndarray:
     """Return the GradCAM map of (R, R, 3) uint8 for a class: (R, R) float32 in 0…1."""
     images = train.move_and_normalize(crop[None])
-    with GradCAM(network, [gradcam_layer(network)]) as cam:
-        return cam(images, [ClassifierOutputTarget(target)])[0]
+    cam = GradCAM(network, [gradcam_layer(network)])  # As a context, it would hide an IndexError.
+    return cam(images, [ClassifierOutputTarget(target)])[0]
 
 
 # ---------------------------------------------------------------- metrics
@@ -280,9 +280,11 @@ def compare_views(one_view: torch.Tensor, six_views: torch.Tensor, labels: torch
 def list_predictions(
     photos: datasets.Dataset, one_view: torch.Tensor, six_views: torch.Tensor | None
 ) -> DataFrame:
-    """Return path, true and predicted class of each photo, with the confidences (0…1) in both.
+    """Return a table with a row for each photo.
 
-    The columns of `six_views` begin with "tta_". Both logits are (N, classes).
+    The columns are row and file (the path) of the photo, true and predicted class, and the
+    probabilities (0…1) of the predicted class (confidence) and of the true one (true_confidence).
+    Columns of `six_views` begin with "tta_". Both logits are (N, classes).
     """
     classes = np.array(photos.features["label"].names)
     labels = np.array(photos["label"][:])
@@ -482,10 +484,10 @@ def load_evaluated_split(args: argparse.Namespace, checkpoint: dict) -> datasets
     """
     classes = checkpoint.get("classes")
     fraction = checkpoint.get("settings", {}).get("val_split", 0)
-    is_part = fraction > 0 and args.split in ("train", "val")
     with train.reported_as(f"cannot load --dataset {args.dataset}"):
-        sources = train.find_splits(args.dataset, ["train" if is_part else args.split])
-        if is_part:
+        wanted = [args.split, "train"] if fraction and args.split == "val" else [args.split]
+        sources = train.find_splits(args.dataset, wanted)
+        if fraction and args.split in ("train", "val") and "val" not in sources:
             parts = train.hold_out(train.load_split(sources, "train", classes), fraction)
             if train.fingerprint(parts["val"]) != checkpoint.get("val_fingerprint"):
                 raise ValueError("other photos than in the run would be held out")
@@ -497,7 +499,7 @@ def load_evaluated_split(args: argparse.Namespace, checkpoint: dict) -> datasets
         return train.load_split(sources, args.split, classes)
 
 
-def evaluate_split(args, photos: datasets.Dataset, network, autocast, run: dict):
+def evaluate_split(args, photos: datasets.Dataset, network, autocast, info: dict):
     """Print the report on a split, and write its metrics, tables and pictures."""
     classes = photos.features["label"].names
     labels = torch.tensor(photos["label"][:])
@@ -505,11 +507,11 @@ def evaluate_split(args, photos: datasets.Dataset, network, autocast, run: dict)
     start = time.perf_counter()
     batches = predict(network, views, args, autocast)
     logits = torch.cat([logits for _, logits, _ in batches], dim=1)
-    run["photos_per_second"] = len(photos) / (time.perf_counter() - start)
+    info["photos_per_second"] = len(photos) / (time.perf_counter() - start)
 
     one_view = logits[0]
     six_views = None
-    metrics = {"run": run, args.split: compute_metrics(one_view, labels, classes)}
+    metrics = {"run": info, args.split: compute_metrics(one_view, labels, classes)}
     if args.tta:
         six_views = logits.mean(0)
         metrics["tta"] = compute_metrics(six_views, labels, classes)
@@ -517,7 +519,7 @@ def evaluate_split(args, photos: datasets.Dataset, network, autocast, run: dict)
     per_class = DataFrame(metrics[args.split]["per_class"])
     predictions = list_predictions(photos, one_view, six_views)
     folder = args.output_dir
-    text = json.dumps(metrics, indent=2, ensure_ascii=False, default=str).encode()
+    text = json.dumps(metrics, indent=2, ensure_ascii=False).encode()
     save(folder / "metrics.json", lambda file: file.write(text))
     save_table(folder / "predictions.csv", predictions)
     save_table(folder / "classes.csv", per_class)
@@ -636,8 +638,13 @@ def main(argv: list[str] | None = None):
     args = parse_args(argv)
     if train.WORLD_SIZE > 1:
         raise train.InputError("start eval.py without torchrun: it uses one GPU")
+    if args.output_dir is None:
+        args.output_dir = args.checkpoint.parent
     train.make_output_dir(args.output_dir)
     checkpoint = train.read_checkpoint(args.checkpoint)
+    if "settings" not in checkpoint:
+        # Of another program's checkpoint, only the weights are known to mean the same.
+        checkpoint = {"model": checkpoint["model"]}
     settings = checkpoint.get("settings", {})
     chosen_on = split_of_choice(checkpoint)
     if args.resolution is None:
@@ -674,9 +681,10 @@ def main(argv: list[str] | None = None):
         raise train.InputError(f"{counts}: pass the right --dataset")
     if "classes" not in checkpoint:
         print("warning     the checkpoint names no classes: assumed to be in the dataset's order")
-    if chosen_on == args.split:
+    if chosen_on == args.split and args.dataset == settings.get("dataset"):
         print("note        the epoch was chosen on this split: its accuracy is a little optimistic")
-    run = {
+    flags = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
+    info = {
         "checkpoint": str(args.checkpoint),
         "epoch": checkpoint.get("epoch"),
         "chosen_on": chosen_on,
@@ -684,9 +692,9 @@ def main(argv: list[str] | None = None):
         "device": train.DEVICE.type,
         "precision": str(precision),
         "torch": torch.__version__,
-        "flags": vars(args),
+        "flags": flags,
     }
-    evaluate_split(args, photos, network, autocast, run)
+    evaluate_split(args, photos, network, autocast, info)
 
 
 if __name__ == "__main__":

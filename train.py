@@ -5,13 +5,13 @@
     python train.py --resume                            # continue a run that was stopped
     torchrun --nproc-per-node 4 train.py                # train on four GPUs
 
-github.com/patr1ckzhu/transfer-learning-stanford-cars (the reference) reports a test accuracy of
-91.78% in 50.3 min at 448 px, and 89.38% in 18.9 min at 224 px, on one RTX 5080. This program has
-not been measured on a GPU yet.
-
-To change the recipe, change "the recipe" below: nothing else knows the network, the crops, the
-loss, the optimizer or its schedule. eval.py imports this file.
+This program has not been measured on a GPU yet. The reference whose recipe it follows,
+github.com/patr1ckzhu/transfer-learning-stanford-cars, reports 91.78% in 50.3 min at 448 px, and
+89.38% in 18.9 min at 224 px, on one RTX 5080. Like the reference, it chooses the best epoch on the
+test split, which makes that accuracy a little optimistic; --val-split avoids it.
 """
+
+# The recipe is in one part, below the flags. The loop is in train_run. eval.py imports this file.
 
 import argparse
 import contextlib
@@ -73,7 +73,7 @@ PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".avif", ".
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF")
 OTHER_FILES = f"files that do not end in {' '.join(PHOTO_SUFFIXES)}"
 VAL_NAMES = ("val", "valid", "validation", "dev")
-SECONDS_BETWEEN_LINES = 60  # of progress, where no terminal shows a bar
+SECONDS_BETWEEN_LINES = 60  # The progress is printed at most that often, without a terminal.
 
 # torchrun sets these variables for each process that it starts.
 RANK = int(os.environ.get("RANK", 0))
@@ -149,7 +149,7 @@ def number(kind: type, lowest: float, highest: float = math.inf) -> Callable:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(message) from None
-        if not math.isfinite(value) or not lowest <= value <= highest:
+        if not lowest <= value <= highest or value == math.inf:
             raise argparse.ArgumentTypeError(message)
         return value
 
@@ -169,11 +169,12 @@ def path_type(text: str) -> Path:
 
 
 def weights_type(text: str) -> str:
-    return os.path.expanduser(text)
+    file = path_type(text)
+    return str(file.resolve()) if file.is_file() else text
 
 
 def dataset_type(text: str) -> str:
-    # The path of a folder is stored with the run, and eval.py may be started in another folder.
+    # Absolute paths are stored with the run, which may be resumed in another folder.
     folder = path_type(text)
     return str(folder.resolve()) if folder.is_dir() else text
 
@@ -248,15 +249,17 @@ def parse_args(argv: list[str] | None, settings: dict | None = None) -> argparse
 
 # ---------------------------------------------------------------- the recipe
 
-# The network. For another convolutional network of torchvision.models, change these four lines.
+# To change it: NETWORK; random_crop (augmentation); training_loss_sum (label smoothing, mixup);
+# build_optimizer; lr_factor and default_lr (schedule). The other defaults are those of the flags
+# above. Gradient clipping goes into train_one_epoch.
+
+# The network. For another one of torchvision.models, such as ConvNeXt, change these four lines.
 NETWORK = SimpleNamespace(
     build=resnet50,
     weights=ResNet50_Weights.IMAGENET1K_V2,
     head="fc",  # the last layer, replaced by a new one for the classes of the dataset
     gradcam_layer="layer4.2",  # the last one with feature maps, of R/32 x R/32 cells
 )
-# The size is not used: random_crop resizes by itself.
-RANDOM_RESIZED_CROP = v2.RandomResizedCrop(size=224, scale=(0.08, 1), ratio=(3 / 4, 4 / 3))
 
 
 def random_crop(photo: torch.Tensor, resolution: int) -> torch.Tensor:
@@ -272,9 +275,9 @@ def random_crop(photo: torch.Tensor, resolution: int) -> torch.Tensor:
     Returns:
         (R, R, 3) uint8, contiguous.
     """
-    box = RANDOM_RESIZED_CROP.make_params([photo])
+    box = v2.RandomResizedCrop.get_params(photo, scale=(0.08, 1), ratio=(3 / 4, 4 / 3))
     # resize is faster with the channels last in memory, and keeps that layout.
-    region = v2.functional.crop(photo, **box).permute(1, 2, 0).contiguous()
+    region = v2.functional.crop(photo, *box).permute(1, 2, 0).contiguous()
     crop = v2.functional.resize(region.permute(2, 0, 1), [resolution] * 2, antialias=True)
     if torch.rand(1) < 0.5:
         crop = crop.flip(-1)
@@ -326,7 +329,8 @@ def default_lr(batch_size: int) -> float:
 def lr_factor(args: argparse.Namespace, epoch: int) -> float:
     """Return what the learning rates are multiplied by in an epoch, counted from 1.
 
-    Step decay, as in the reference.
+    Step decay, as in the reference. A factor that depends on args.epochs changes if a run is
+    resumed with another --epochs.
     """
     return 0.1 ** ((epoch - 1) // args.step_size)
 
@@ -366,25 +370,34 @@ def read_encoded(image: dict | None) -> bytes:
 def decode_photo(encoded: bytes) -> torch.Tensor:
     """Decode an image file to upright RGB: (3, H, W) uint8, channels last in memory.
 
-    For animations, the first frame is returned. Raises ValueError for an aspect ratio over 50: such
-    a file is not a photo, and resizing its shorter side could fill the memory. Raises the decoder's
-    errors for a damaged file.
+    For animations, the first frame is returned. Raises ValueError for a damaged file, and for an
+    aspect ratio over 50: such a file is not a photo, and resizing its shorter side could fill the
+    memory.
     """
-    if decode_image:
-        photo = decode_image(encoded)  # RGB, turned upright by its EXIF orientation
-        if photo.ndim == 4:
-            photo = photo[0]
-    else:
-        with PIL.Image.open(io.BytesIO(encoded), formats=PILLOW_FORMATS) as image:
-            if image.mode.startswith("I"):
-                # Pillow would clip them to white.
-                raise ValueError("16-bit grayscale photos need torchcodec")
-            upright = PIL.ImageOps.exif_transpose(image).convert("RGB")
-        photo = torch.from_numpy(np.array(upright)).permute(2, 0, 1)
+    try:
+        if decode_image:
+            photo = decode_image(encoded)  # RGB, turned upright by its EXIF orientation
+        else:
+            photo = decode_with_pillow(encoded)
+    except Exception as error:
+        # For damaged files, decoders raise errors of any type.
+        raise ValueError(f"{type(error).__name__}: {one_line(error)}") from error
+    if photo.ndim == 4:
+        photo = photo[0]
     height, width = photo.shape[1:]
     if max(height, width) > 50 * min(height, width):
         raise ValueError(f"{width} x {height} pixels have an aspect ratio over 50")
     return photo
+
+
+def decode_with_pillow(encoded: bytes) -> torch.Tensor:
+    """Decode an image file without torchcodec: (3, H, W) uint8, channels last in memory."""
+    with PIL.Image.open(io.BytesIO(encoded), formats=PILLOW_FORMATS) as image:
+        if image.mode.startswith("I"):
+            # Pillow would clip them to white.
+            raise ValueError("16-bit grayscale photos need torchcodec")
+        upright = PIL.ImageOps.exif_transpose(image).convert("RGB")
+    return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
 
 
 class CroppedPhotos(torch.utils.data.Dataset):
@@ -447,7 +460,8 @@ def train_batch_sizes(num_photos: int, batch_size: int) -> list[int]:
 
     A last batch is left out if it is smaller than an eighth of the others, or than two photos for
     each process: a step with the batch norm statistics of so few photos, just before the
-    evaluation, does more harm than good. Its photos come in other epochs.
+    evaluation, does more harm than good. Its photos come in other epochs. The published runs leave
+    out none: 8144 photos are 63 batches of 128 and one of 80, or 127 of 64 and one of 16.
     """
     sizes = [min(batch_size, num_photos - start) for start in range(0, num_photos, batch_size)]
     if sizes[-1] < max(sizes[0] / 8, 2 * WORLD_SIZE):
@@ -482,7 +496,8 @@ def open_loader(photos: CroppedPhotos, index_batches: Iterable, workers: int):
     """
     context = None
     if workers and sys.platform == "linux":
-        # Python 3.14's default, forkserver, would import torch again in each worker.
+        # Python 3.14's default, forkserver, would import torch again in each worker. Workers never
+        # use CUDA, so they may be forked after its initialization.
         context = "fork"
     loader = DataLoader(
         photos,
@@ -524,23 +539,26 @@ def worker_errors():
 
     The death of a worker may be raised anywhere in the main process, by its signal handler.
     """
-    killed = "a worker process was killed, probably because the memory (RAM) is full"
     try:
         yield
     except InputError as error:
         # DataLoader puts the worker's traceback before the message.
         last_line = str(error).splitlines()[-1]
         raise InputError(last_line.split("InputError: ")[-1]) from None
-    except (ConnectionError, EOFError) as error:
-        raise InputError(f"{killed}: use fewer --workers") from error
-    except RuntimeError as error:
-        text = str(error)
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        text = one_line(error)
         # A worker without shared memory dies of a bus error, or reports a full /torch_… file.
         if "Bus error" in text or re.search("</torch_.*No space left", text):
-            full = "/dev/shm, the shared memory of the workers, is full"
-            raise InputError(f"{full}: use docker's --shm-size, or --workers 0") from error
-        if re.search("DataLoader worker .*(killed|exited unexpectedly)", text):
-            raise InputError(f"{killed}: use fewer --workers") from error
+            raise InputError(
+                "the shared memory of the workers, /dev/shm, is full: use docker's --shm-size, or "
+                f"--workers 0 ({text})"
+            ) from error
+        is_killed = re.search("DataLoader worker .*(signal: Killed|exited unexpectedly)", text)
+        if is_killed or not isinstance(error, RuntimeError):
+            raise InputError(
+                "a worker process was killed, probably because the memory (RAM) is full: use fewer "
+                f"--workers ({text})"
+            ) from error
         raise
 
 
@@ -655,23 +673,24 @@ def missing_for_compile() -> str:
     return ""
 
 
-def compile_full_batches(network: torch.nn.Module, batch_size: int):
-    """Compile the forward pass of `network` for batches of this size.
+class CompiledForFullBatches(torch.nn.Module):
+    """A network that is compiled for batches of one size.
 
-    Smaller ones, the last of an epoch, run uncompiled: they are not worth minutes of compiling. The
-    forward method is replaced, so that the state dict keeps its names, and DistributedDataParallel
-    can wrap the network.
+    Smaller batches, the last of an epoch, run uncompiled: they are not worth minutes of compiling.
+    The network itself stays as it is; checkpoints contain its state dict.
     """
-    forward = network.forward
-    # By default, a second size would be compiled again, to a slower graph for any size.
-    compiled_forward = torch.compile(forward, dynamic=False)
 
-    def forward_compiled_if_full(images: torch.Tensor) -> torch.Tensor:
-        if len(images) == batch_size:
-            return compiled_forward(images)
-        return forward(images)
+    def __init__(self, network: torch.nn.Module, batch_size: int):
+        super().__init__()
+        self.network = network
+        self.batch_size = batch_size
+        # By default, a second size would be compiled again, to a slower graph for any size.
+        self.compiled_forward = torch.compile(network.forward, dynamic=False)
 
-    network.forward = forward_compiled_if_full
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if len(images) == self.batch_size:
+            return self.compiled_forward(images)
+        return self.network(images)
 
 
 # ---------------------------------------------------------------- one epoch, one evaluation
@@ -689,7 +708,13 @@ def move_and_normalize(images: torch.Tensor) -> torch.Tensor:
     return images.sub(rgb_on_device(IMAGENET_MEAN)).div_(rgb_on_device(IMAGENET_STD))
 
 
-def train_one_epoch(network, batches: Iterable, optimizer, scaler, autocast) -> dict:
+def train_one_epoch(
+    network: torch.nn.Module,
+    batches: Iterable,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    autocast: torch.autocast,
+) -> dict:
     """Take an optimizer step for each batch.
 
     Args:
@@ -742,7 +767,9 @@ def train_one_epoch(network, batches: Iterable, optimizer, scaler, autocast) -> 
 
 
 @torch.no_grad()
-def evaluate(network: torch.nn.Module, batches: Iterable, autocast) -> tuple[float, float]:
+def evaluate(
+    network: torch.nn.Module, batches: Iterable, autocast: torch.autocast
+) -> tuple[float, float]:
     """Return the mean loss and the accuracy (0…1) over all processes.
 
     Batches are (B, R, R, 3) uint8 images and (B,) int64 targets on the CPU.
@@ -778,11 +805,13 @@ def train_run(
     scaler: torch.amp.GradScaler,
     autocast: torch.autocast,
     workers: int,
+    compiled: bool,
 ):
     """Train the epochs that are missing in `run`, and save it after each of them.
 
     Args:
-        run: what a checkpoint contains besides states, from describe_run. It is updated.
+        run: what a checkpoint contains besides states, from describe_run. Its "history" grows, a
+            row for each epoch, and so does "elapsed", in seconds.
         splits: the train split and the one on which the best epoch is chosen, from load_splits.
 
     Raises InputError if weights or batch norm statistics are not finite after an epoch, if a photo
@@ -803,9 +832,12 @@ def train_run(
 
     crops = {"train": random_crop, eval_split: center_crop}
     photos = CroppedPhotos(splits, crops, args.resolution)
-    train_network = network
+    eval_network = network
+    if compiled:
+        eval_network = CompiledForFullBatches(network, batch_sizes[0] // WORLD_SIZE)
+    train_network = eval_network
     if WORLD_SIZE > 1:
-        train_network = DistributedDataParallel(network)
+        train_network = DistributedDataParallel(eval_network)
         # Only the evaluation reads buffers, and broadcast_buffers precedes it. As an argument, this
         # would also skip the first synchronization.
         train_network.broadcast_buffers = False
@@ -831,18 +863,18 @@ def train_run(
                 remedy = "start again with a lower --lr"
                 raise InputError(f"epoch {epoch}: the weights contain NaN or Inf: {remedy}")
             eval_steps = take_batches(batches, len(own_eval_batches), f"{title} {eval_split}")
-            loss, accuracy = evaluate(network, eval_steps, autocast)
+            loss, accuracy = evaluate(eval_network, eval_steps, autocast)
 
             metrics[f"{eval_split}_loss"] = loss
             metrics[f"{eval_split}_accuracy"] = accuracy
             metrics["seconds"] = time.perf_counter() - epoch_start
-            lr = args.lr * lr_factor(args, epoch)
+            lr = optimizer.param_groups[0]["lr"]
             history.append({"epoch": epoch, "lr": lr, **metrics})
             log(epoch_line(history, eval_split, args.epochs, first_epoch=epochs[0]))
             run["elapsed"] = elapsed_before + time.perf_counter() - start
             if RANK == 0:
                 write({**run, "epoch": epoch, **states_of(network, optimizer, scaler)})
-    run["elapsed"] = elapsed_before + time.perf_counter() - start
+    run["elapsed"] = elapsed_before + time.perf_counter() - start  # The last write is in it.
 
 
 def seed_random_numbers(seed: int, epoch: int):
@@ -1001,6 +1033,8 @@ def atomic_write(path: Path, write: Callable):
     try:
         with reported_as(f"cannot write {path}"):
             draft.write_bytes(contents.getvalue())
+            with open(draft, "rb") as file:
+                os.fsync(file.fileno())  # A power failure must not leave an empty file at `path`.
             os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
@@ -1021,8 +1055,10 @@ def open_run(args: argparse.Namespace, argv: list[str] | None) -> tuple:
 
     existing = [name for name in RUN_FILES if (folder / name).exists()]
     if existing and not (args.resume or args.overwrite):
-        choice = "choose --resume, --overwrite, or another --output-dir"
-        raise InputError(f"{folder} already holds {', '.join(existing)}: {choice}")
+        raise InputError(
+            f"{folder} already holds {', '.join(existing)}: choose --resume, --overwrite, or "
+            "another --output-dir"
+        )
     if args.resume and not existing:
         log(f"no run in {folder} yet: starting one")
     if args.overwrite or not existing:
@@ -1030,7 +1066,10 @@ def open_run(args: argparse.Namespace, argv: list[str] | None) -> tuple:
     if existing == ["settings.json"]:
         log(f"the run in {folder} has not saved an epoch yet: starting it again")
         return restart_args(folder, argv), {}, False
-    checkpoint = read_checkpoint(folder / "last_checkpoint.pth")
+    path = folder / "last_checkpoint.pth"
+    checkpoint = read_checkpoint(path)
+    if "history" not in checkpoint:
+        raise InputError(f"{path} is not a last_checkpoint.pth of this program")
     args = args_of_run(checkpoint["settings"], argv)
     # A kill may have come between last_checkpoint.pth and the other files.
     write_run(checkpoint, folder)
@@ -1062,10 +1101,13 @@ def args_of_run(settings: dict, argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def describe_run(settings: dict, splits: dict[str, datasets.Dataset], checkpoint: dict) -> dict:
+def describe_run(
+    settings: dict, splits: dict[str, datasets.Dataset], numerics: str, checkpoint: dict
+) -> dict:
     """Return what a checkpoint contains besides states.
 
-    Raises InputError if the run to resume (`checkpoint`) had other photos.
+    `numerics` is what results depend on besides settings and photos: precision and number of
+    processes. Raises InputError if the run to resume (`checkpoint`) had other photos.
     """
     history = checkpoint.get("history", [])
     run = {
@@ -1073,6 +1115,7 @@ def describe_run(settings: dict, splits: dict[str, datasets.Dataset], checkpoint
         "classes": splits["train"].features["label"].names,
         "num_photos": {name: len(split) for name, split in splits.items()},
         "resolution": settings["resolution"],
+        "numerics": numerics,
         "history": history,
         # In seconds since the first epoch began. Earlier versions stored only those of each epoch.
         "elapsed": checkpoint.get("elapsed", sum(row["seconds"] for row in history)),
@@ -1081,11 +1124,13 @@ def describe_run(settings: dict, splits: dict[str, datasets.Dataset], checkpoint
         # A dataset may change so that other photos are held out, without changing any number.
         run["val_fingerprint"] = fingerprint(splits["val"])
     if checkpoint and checkpoint["num_photos"] != run["num_photos"]:
-        before = count_photos(checkpoint["num_photos"])
-        now = count_photos(run["num_photos"])
+        before = format_counts(checkpoint["num_photos"])
+        now = format_counts(run["num_photos"])
         raise InputError(f"--dataset: the run to resume has {before}, but there are {now}")
     if checkpoint and checkpoint.get("val_fingerprint") != run.get("val_fingerprint"):
         raise InputError("--dataset: the photos of the val split differ from the run to resume")
+    if checkpoint.get("numerics", numerics) != numerics:
+        log(f"note        the run had {checkpoint['numerics']}, and continues with {numerics}")
     return run
 
 
@@ -1114,8 +1159,9 @@ def claim_folder(args: argparse.Namespace, settings: dict, is_new: bool):
             with open(path, "xb") as file:
                 file.write(text)
         except FileExistsError:
-            another = f"another run has started in {folder}"
-            raise InputError(f"{another}: choose another --output-dir") from None
+            raise InputError(
+                f"another run has started in {folder}: choose another --output-dir"
+            ) from None
 
 
 def write_run(run: dict, folder: Path):
@@ -1226,14 +1272,15 @@ def find_splits(dataset: str, wanted: list[str]) -> dict:
             if dataset != DEFAULT_DATASET:
                 return with_val(datasets.load_dataset(dataset))
             # The repository also holds seven corrupted copies of the test split.
-            folder = huggingface_hub.snapshot_download(
+            downloaded = huggingface_hub.snapshot_download(
                 dataset,
                 repo_type="dataset",
                 revision=DATASET_REVISION,
                 allow_patterns=[f"data/{split}-*" for split in wanted],
             )
+            folder = Path(downloaded)
 
-    folder = Path(folder).resolve()
+    folder = folder.resolve()
     files = sorted(folder.glob("data/*.parquet"))
     if not files:
         files = sorted(folder.glob("*.parquet"))
@@ -1384,11 +1431,11 @@ def is_visible(name: str) -> bool:
 
 
 def label_by_name(photos: datasets.Dataset, classes: list[str]) -> datasets.Dataset:
-    """Return `photos` with labels that are indices into `classes`, which has all of their names.
+    """Map the labels of `photos` to indices into `classes`, by the names of the classes.
 
-    The order may differ: folders are sorted, and the Hub's names are not. Stanford Cars has a class
-    "Ram C/V", and no folder can be named so: / - and _ are equal where that is unambiguous. Raises
-    ValueError for other names, and for labels out of range.
+    The names may be in another order, and fewer. No folder can be named like the class "Ram C/V" of
+    Stanford Cars, so "/", "-" and "_" count as equal if exactly one class matches. Raises
+    ValueError for names that do not match, and for labels out of range.
     """
     names = photos.features["label"].names
     labels = photos["label"][:]
@@ -1466,7 +1513,7 @@ def fingerprint(photos: datasets.Dataset) -> str:
 # ---------------------------------------------------------------- what is printed
 
 
-def count_photos(num_photos: dict[str, int]) -> str:
+def format_counts(num_photos: dict[str, int]) -> str:
     """Return "8144 train and 8041 test photos"."""
     return " and ".join(f"{count} {split}" for split, count in num_photos.items()) + " photos"
 
@@ -1532,7 +1579,7 @@ def log_result(args: argparse.Namespace, run: dict):
     )
     command = ["python", "eval.py", "--tta"]
     if folder != Path("."):
-        command += ["--checkpoint", str(folder / "best_model.pth"), "--output-dir", str(folder)]
+        command += ["--checkpoint", str(folder / "best_model.pth")]
     log(f"next: {shlex.join(command)}")
 
 
@@ -1553,8 +1600,7 @@ def run_command(main: Callable[[], None]):
     except InputError as error:
         sys.exit(f"{script}: {error}")
     except torch.OutOfMemoryError:
-        remedy = "use a smaller --batch-size or --resolution"
-        sys.exit(f"{script}: the memory of the GPU is full: {remedy}")
+        sys.exit(f"{script}: the memory of the GPU is full: use a smaller --batch-size")
     except KeyboardInterrupt:
         sys.exit(130)
     # Not after an error: NCCL would wait for processes that wait for this one.
@@ -1600,7 +1646,8 @@ def main(argv: list[str] | None = None):
     """Train as the flags in `argv` say. Raises InputError for a mistake the user can fix."""
     args = parse_args(argv)
     set_up()
-    torch.backends.cudnn.benchmark = True  # Picks the fastest kernels, by timing them.
+    # Picks the fastest kernels by timing them. In eval.py, accuracies could differ between starts.
+    torch.backends.cudnn.benchmark = True
     args, checkpoint, is_new = in_first_process(open_run, args, argv)
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     workers = DEFAULT_WORKERS if args.workers is None else args.workers
@@ -1617,20 +1664,19 @@ def main(argv: list[str] | None = None):
     log(f"device      {device_name()}, {precision_name(precision)}, {compiling}, {workers} workers")
 
     splits = load_splits(args, checkpoint)
-    num_train = len(splits["train"])
-    check_batch_size(args.batch_size, num_train)
-    run = describe_run(settings, splits, checkpoint)
-    log(f"data        {count_photos(run['num_photos'])}, {len(run['classes'])} classes")
+    check_batch_size(args.batch_size, len(splits["train"]))
+    numerics = f"{precision_name(precision)} in {WORLD_SIZE} processes"
+    run = describe_run(settings, splits, numerics, checkpoint)
+    log(f"data        {format_counts(run['num_photos'])}, {len(run['classes'])} classes")
     log_settings(settings)
-
     network, optimizer, scaler = build_training(args, checkpoint, len(run["classes"]), precision)
     if compiled:
-        compile_full_batches(network, min(args.batch_size, num_train) // WORLD_SIZE)
         log("compiling   takes a minute or two of the first epoch")
+
     in_first_process(claim_folder, args, settings, is_new)
     try:
         autocast = autocast_to(precision)
-        train_run(args, run, splits, network, optimizer, scaler, autocast, workers)
+        train_run(args, run, splits, network, optimizer, scaler, autocast, workers, compiled)
     except KeyboardInterrupt:
         log("interrupted: --resume continues after the last saved epoch")
         raise

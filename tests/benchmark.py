@@ -1,16 +1,22 @@
-"""How fast train.py and eval.py are, beside a textbook loop in this file: one table, one run.
+"""Measure the speed of train.py and eval.py beside a textbook loop, timm and NVIDIA DALI.
 
-    python tests/draw_cars.py large --width 608     # drawn photos of the size of Stanford Cars'
-    python tests/benchmark.py --dataset large       # on the GPU, but for CUDA_VISIBLE_DEVICES=
+    python tests/draw_cars.py large --width 608     # drawn photos as large as those of Stanford Cars
+    python tests/benchmark.py --dataset large       # on the GPU; with CUDA_VISIBLE_DEVICES= on the CPU
 
-The textbook is PIL photos from `datasets`, torchvision's v1 transforms, ToTensor and Normalize in
-the workers, float32, and `.item()` in each step; its TTA evaluates the single view, and then each
-of the six, where eval.py is timed with its start. Medians, lowest and highest, measured in turn.
+The textbook loop, in this file: PIL photos from `datasets`, torchvision's v1 transforms, ToTensor
+and Normalize in the workers, float32, and `.item()` in each step. Its TTA evaluates the single view
+and then each of the six; eval.py is timed with its start. On CUDA its batches are half as large:
+in float32, a batch of 64 photos at 448 px needs more than 20 GB.
+
+timm's loader (as its train.py uses it) and DALI's CPU pipeline (one thread) are measured where they
+are installed: pip install timm nvidia-dali-cuda130 nvidia-nvimgcodec-cu13. DALI gets the encoded
+photos from memory. Figures are medians (lowest–highest) of alternating measurements.
 """
 
 import argparse
 import contextlib
 import csv
+import importlib.util
 import itertools
 import statistics
 import sys
@@ -21,6 +27,7 @@ from pathlib import Path
 from unittest import mock
 
 import datasets
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
@@ -30,6 +37,8 @@ from torchvision.models.resnet import resnet50
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
+
+BATCH_SIZE = 16  # of the input rows
 
 # ---------------------------------------------------------------- the textbook
 
@@ -87,6 +96,59 @@ def textbook_tta(model, cars: dict, sizes: tuple[int, int, int]) -> torch.Tensor
     return torch.stack(passes[1:]).mean(0)
 
 
+# ---------------------------------------------------------------- timm and DALI
+
+
+def timm_loader(photos: datasets.Dataset, resolution: int, workers: int) -> DataLoader:
+    """Train crops as timm's train.py loads them: PIL, bilinear, collated as uint8."""
+    from timm.data import create_transform
+    from timm.data.loader import fast_collate
+
+    transform = create_transform(
+        resolution,
+        is_training=True,
+        use_prefetcher=True,
+        color_jitter=None,
+        interpolation="bilinear",
+    )
+    images = TextbookPhotos(photos, transform)
+    return DataLoader(images, BATCH_SIZE, num_workers=workers, collate_fn=fast_collate)
+
+
+def dali_batches(photos: datasets.Dataset, resolution: int, decodes_whole: bool) -> Iterator:
+    """Train crops of DALI's CPU pipeline with one thread: of `photos`, once."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    encoded = [np.frombuffer(photo["image"]["bytes"], np.uint8) for photo in photos]
+
+    def next_batch() -> list:
+        return [next(endless) for _ in range(BATCH_SIZE)]
+
+    @pipeline_def(batch_size=BATCH_SIZE, num_threads=1, device_id=None)
+    def pipeline():
+        photo = fn.external_source(next_batch)
+        if decodes_whole:
+            image = fn.decoders.image(photo, device="cpu", output_type=types.RGB)
+            crop = fn.random_resized_crop(image, size=resolution, antialias=True)
+        else:
+            image = fn.decoders.image_random_crop(
+                photo,
+                device="cpu",
+                output_type=types.RGB,
+                random_area=(0.08, 1),
+                random_aspect_ratio=(3 / 4, 4 / 3),
+            )
+            crop = fn.resize(image, size=[resolution, resolution], antialias=True)
+        return fn.flip(crop, horizontal=fn.random.coin_flip())
+
+    endless = itertools.cycle(encoded)
+    pipe = pipeline()
+    pipe.build()
+    for _ in range(len(encoded) // BATCH_SIZE):
+        (crops,) = pipe.run()
+        yield crops, range(BATCH_SIZE)
+
+
 # ---------------------------------------------------------------- measuring
 
 
@@ -122,6 +184,12 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.4g} ({min(values):.4g}–{max(values):.4g})"
 
 
+def batches_of(split: str, count: int) -> list[list]:
+    """Indices of the first `count` photos, in batches, for train.CroppedPhotos."""
+    indices = [(split, row, row) for row in range(count)]
+    return [indices[start : start + BATCH_SIZE] for start in range(0, count, BATCH_SIZE)]
+
+
 def print_row(what: str, resolution: int, ours: list[float], textbook: list[float]):
     ratio = statistics.median(ours) / statistics.median(textbook)
     cells = f"{what} | {resolution} | {spread(ours)} | {spread(textbook)} | {ratio:.2f} ×"
@@ -144,9 +212,8 @@ def input_rows(cars: dict, resolution: int, args: argparse.Namespace):
     crops = {"train": train.random_crop, "test": train.center_crop}
     photos = train.CroppedPhotos(cars, crops, resolution)
     for split, workers in itertools.product(cars, (1, 2)):
-        textbook_batches = textbook_loader(cars, split, resolution, 16, workers)
-        keys = [(split, row, row) for row in range(count)]
-        batches = [keys[start : start + 16] for start in range(0, count, 16)]
+        textbook_batches = textbook_loader(cars, split, resolution, BATCH_SIZE, workers)
+        batches = batches_of(split, count)
         ours = []
         textbook = []
         for _ in range(args.repeats):
@@ -154,6 +221,32 @@ def input_rows(cars: dict, resolution: int, args: argparse.Namespace):
                 ours.append(input_rate(our_batches))
             textbook.append(input_rate(iter(textbook_batches)))
         print_row(f"{split} input, workers: {workers}", resolution, ours, textbook)
+
+
+def is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # The package around it is not installed.
+        return False
+
+
+def peer_row(cars: dict, resolution: int, args: argparse.Namespace):
+    """Train crops of this program, timm and DALI, each with one worker or thread."""
+    photos = repeated(cars, args.photos or 640)["train"]
+    ours = train.CroppedPhotos({"train": photos}, {"train": train.random_crop}, resolution)
+    rates = {}
+    for _ in range(args.repeats):
+        with train.open_loader(ours, batches_of("train", len(photos)), 1) as batches:
+            rates.setdefault("this program", []).append(input_rate(batches))
+        if is_installed("timm"):
+            batches = iter(timm_loader(photos, resolution, 1))
+            rates.setdefault("timm", []).append(input_rate(batches))
+        if is_installed("nvidia.dali"):
+            for whole, name in ((False, "DALI, crop alone"), (True, "DALI, whole photo")):
+                batches = dali_batches(photos, resolution, whole)
+                rates.setdefault(name, []).append(input_rate(batches))
+    texts = [f"{name} {spread(values)}" for name, values in rates.items()]
+    print(f"train input at {resolution} px, one worker, photos/s: {', '.join(texts)}\n", flush=True)
 
 
 def run_rows(cars: dict, resolution: int, args: argparse.Namespace):
@@ -164,7 +257,8 @@ def run_rows(cars: dict, resolution: int, args: argparse.Namespace):
     cars = repeated(cars, count)
     model = resnet50(num_classes=cars["train"].features["label"].num_classes).to(train.DEVICE)
     optimizer = torch.optim.SGD(model.parameters(), 0.001, 0.9, weight_decay=1e-4)
-    sizes = (resolution, batch_size, train.DEFAULT_WORKERS)
+    textbook_batch_size = batch_size // 2 if cuda else batch_size
+    sizes = (resolution, textbook_batch_size, train.DEFAULT_WORKERS)
     ours = []
     textbook = []
     pauses = []
@@ -233,6 +327,7 @@ def main(argv: list[str] | None = None):
         print("| photos/s | px | this program | textbook | ratio |\n|---|---|---|---|---|")
         input_rows(cars, resolution, args)
         run_rows(cars, resolution, args)
+        peer_row(cars, resolution, args)
 
 
 if __name__ == "__main__":

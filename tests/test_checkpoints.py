@@ -86,12 +86,14 @@ def test_logits_that_are_not_finite_are_no_result(run_eval, good, tmp_path):
     assert not (tmp_path / "metrics.json").exists()
 
 
-@pytest.mark.parametrize("damage", ["cut off", "missing"])
+@pytest.mark.parametrize("damage", ["cut off", "missing", "a copy of best_model.pth"])
 def test_resume_names_the_checkpoint_that_it_cannot_read(finished, tmp_path, run_train, damage):
     last = tmp_path / "last_checkpoint.pth"
     (tmp_path / "history.csv").write_bytes((finished / "history.csv").read_bytes())
     if damage == "cut off":
         last.write_bytes((finished / "last_checkpoint.pth").read_bytes()[:1000])
+    if damage.startswith("a copy"):
+        last.write_bytes((finished / "best_model.pth").read_bytes())
     assert str(last) in refusal(run_train("--output-dir", tmp_path, "--epochs", 2, "--resume"))
 
 
@@ -151,6 +153,18 @@ def test_pretrained_weights_start_a_run_with_a_new_fc(
         downloaded.write_bytes(b"PK\x03\x04 cut off")
         err = refusal(run_train("--weights", weights, "--output-dir", "other"))
         assert "--weights IMAGENET1K_V2" in err
+
+
+def test_of_another_programs_checkpoint_only_the_weights_are_trusted(
+    run_eval, good, cars, tmp_path
+):
+    other = {"model": good["model"], "epoch": 7, "classes": [*"hgfedcba"], "resolution": 4096}
+    torch.save(other, tmp_path / "other.pth")
+    flags = ["--dataset", cars, "--checkpoint", tmp_path / "other.pth", "--num-gradcam", 0]
+    out = success(run_eval(*flags, "--resolution", 33))
+    assert out.startswith(f"checkpoint  {tmp_path / 'other.pth'}\n")
+    assert "names no classes" in out
+    assert (tmp_path / "metrics.json").exists()  # beside the checkpoint
 
 
 def test_classes_that_are_not_the_data_sets_are_named(run_eval, good, cars, tmp_path):

@@ -125,6 +125,15 @@ def decoder(request, monkeypatch):
         monkeypatch.setattr(train, "TORCHCODEC_ERROR", OSError("no library"), raising=False)
 
 
+def test_a_decoder_may_fail_with_any_error(folders, train_on, decoder, monkeypatch):
+    def fail(*args, **options):
+        raise TypeError("a damaged file, as Pillow may say it")
+
+    monkeypatch.setattr(train, "decode_image", fail if train.decode_image else None)
+    monkeypatch.setattr(Image, "open", fail)
+    assert " cannot be decoded: TypeError: a damaged file" in refusal(train_on(folders))
+
+
 @pytest.mark.parametrize("kind, workers", [*((kind, 0) for kind in NO_PHOTOS), ("text", 1)])
 def test_what_is_no_photo_is_refused_by_its_path(folders, train_on, decoder, kind, workers):
     path = folders / "train/b/0.jpg"

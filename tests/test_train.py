@@ -26,6 +26,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector
 from torchvision import transforms
 
+import eval as evaluation
 import train
 
 FLOAT16 = ["--amp", "--amp-dtype", "float16"]
@@ -413,6 +414,7 @@ def test_a_run_continues_in_the_precision_of_another_machine(run_train, tmp_path
         monkeypatch.setattr(train, "pick_precision", lambda amp, given, now=precision: given or now)
         out = success(run_train("--output-dir", tmp_path, "--epochs", epoch, "--resume"))
         assert str(precision).removeprefix("torch.") in out
+        assert ("continues with" in out) is (epoch > 1)
         last = load(tmp_path / "last_checkpoint.pth")
         assert len(last["history"]) == epoch
         assert bool(last["scaler"]) is (precision == torch.float16)
@@ -450,10 +452,22 @@ def test_full_batches_are_compiled_and_a_smaller_last_batch_is_not(
 def test_a_second_batch_size_is_not_compiled_for_any_size(monkeypatch):
     compiled = noted_batch_sizes(monkeypatch)
     for batch_size in (2, 3):
-        network = small_resnet(num_classes=8).eval()
-        train.compile_full_batches(network, batch_size)
+        network = train.CompiledForFullBatches(small_resnet(num_classes=8), batch_size).eval()
         network(torch.zeros(batch_size, 3, 33, 33))
+        network(torch.zeros(1, 3, 33, 33))
     assert compiled == [2, 3]
+
+
+def test_a_copy_of_a_network_in_training_has_weights_of_its_own():
+    # As for an exponential moving average of the weights.
+    network = small_resnet(num_classes=8).eval()
+    train.CompiledForFullBatches(network, batch_size=2)
+    average = copy.deepcopy(network)
+    with torch.no_grad():
+        for value in average.parameters():
+            value.zero_()
+        assert (average(torch.ones(1, 3, 33, 33)) == 0).all()
+        assert (network(torch.ones(1, 3, 33, 33)) != 0).any()
 
 
 @pytest.fixture
@@ -512,7 +526,11 @@ def test_what_was_left_out_is_chosen_again_where_a_run_continues(
         train.main([*flags, *more])
         return capfd.readouterr().out, load(tmp_path / "last_checkpoint.pth")["settings"]
 
-    monkeypatch.setattr(train, "compile_full_batches", lambda *args: compiled.append(args))
+    def note(network, batch_size):
+        compiled.append(batch_size)
+        return network
+
+    monkeypatch.setattr(train, "CompiledForFullBatches", note)
     monkeypatch.setattr(train, "DEFAULT_WORKERS", 0)
     out, settings = start("--epochs", "1")
     assert bool(compiled) is torch.cuda.is_available()
@@ -584,11 +602,13 @@ def test_a_flag_that_is_too_large_is_refused(capsys, flag):
 
 def test_a_tilde_is_expanded_in_every_path(monkeypatch, tmp_path):
     (tmp_path / "cars").mkdir()
+    (tmp_path / "w.pth").touch()
     monkeypatch.setenv("HOME", str(tmp_path))
     args = train.parse_args(["--output-dir=~/run", "--dataset=~/cars", "--weights=~/w.pth"])
     assert args.output_dir == tmp_path / "run"
     assert args.dataset == str(tmp_path / "cars")
     assert args.weights == str(tmp_path / "w.pth")
+    assert evaluation.parse_args(["--output-dir=~/run"]).output_dir == tmp_path / "run"
     assert train.parse_args([]).output_dir == Path(".")
 
 
