@@ -33,6 +33,7 @@ import datasets  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from draw_cars import draw_cars  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 from scripts import SMALL, Fork  # noqa: E402
 from small import REAL_NETWORK, use_small_network  # noqa: E402
 
@@ -65,6 +66,12 @@ def pytest_collection_modifyitems(config, items):
 def float32_products():
     """TF32 rounds to 10 bits, more than the tests' bounds allow. train.py's `main` turns it on."""
     torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture(autouse=True)
+def blank_curves(monkeypatch):
+    """Runs in the tests' process draw an empty picture: of an epoch, curves take most of the time."""
+    monkeypatch.setattr(train, "draw_curves", lambda *args: Figure(figsize=(1, 1)))
 
 
 @pytest.fixture(scope="session")

@@ -120,13 +120,16 @@ def test_a_run_writes_plain_state_dicts_a_history_its_settings_and_curves(finish
     assert (finished / "training_curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+DRAW_CURVES = train.draw_curves  # before a fixture replaces it
+
+
 def test_curves_show_losses_accuracies_the_best_epoch_and_each_learning_rate():
     history = []
     for epoch in range(1, 5):
         row = {"epoch": epoch, "lr": 0.1 if epoch < 3 else 0.01, "train_loss": 1 / epoch}
         row |= {"train_accuracy": 0.2 * epoch, "val_loss": float("inf")}
         history.append(row | {"val_accuracy": [0.1, 0.7, 0.3, 0.7][epoch - 1]})
-    figure = train.draw_curves(history, "val")
+    figure = DRAW_CURVES(history, "val")
     assert isinstance(figure, Figure)
     loss, accuracy, lr = figure.axes
     assert loss.get_yscale() == "log"
