@@ -35,6 +35,7 @@ import sysconfig
 import tempfile
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -1677,7 +1678,9 @@ def main(argv: list[str] | None = None):
     try:
         autocast = autocast_to(precision)
         train_run(args, run, splits, network, optimizer, scaler, autocast, workers, compiled)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        # In a notebook, the frames of the traceback would keep the progress bar.
+        traceback.clear_frames(interrupt.__traceback__)
         log("interrupted: --resume continues after the last saved epoch")
         raise
     except Exception:

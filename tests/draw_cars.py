@@ -218,6 +218,7 @@ def draw_cars(
     seed: int = 0,
 ):
     """Write the dataset to `folder`; the same arguments give the same photos."""
+    datasets.disable_progress_bars()
     names = sorted(BODIES)
     rng = np.random.default_rng(seed)
     (folder / "data").mkdir(parents=True, exist_ok=True)
