@@ -12,6 +12,7 @@ if one differs.
 
 import argparse
 import importlib.util
+import os
 import random
 import re
 import sys
@@ -20,10 +21,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-import datasets
-import numpy as np
-import torch
-from torch.utils.data import DataLoader
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Before torch is imported: everything runs on the CPU.
+
+import datasets  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import eval as evaluation  # noqa: E402

@@ -78,7 +78,7 @@ def test_both_scripts_refuse_it_in_a_line_that_names_it(
         assert ("safetensors.torch.load_file" in err) is (kind == "safetensors")
 
 
-def test_logits_that_are_not_finite_are_no_result(run_eval, good, tmp_path):
+def test_logits_that_are_not_finite_are_an_error(run_eval, good, tmp_path):
     state = {**good["model"], "bn1.running_var": -good["model"]["bn1.running_var"]}
     torch.save({**good, "model": state}, tmp_path / "bad.pth")
     flags = ["--checkpoint", tmp_path / "bad.pth", "--output-dir", tmp_path]

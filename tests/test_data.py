@@ -108,7 +108,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("words, change", REFUSED)
-def test_what_cannot_be_trained_on_is_refused_in_one_line(
+def test_unusable_datasets_are_refused_in_one_line(
     train_on, tmp_path, monkeypatch, words, change
 ):
     monkeypatch.chdir(tmp_path)
@@ -135,7 +135,7 @@ def test_a_decoder_may_fail_with_any_error(folders, train_on, decoder, monkeypat
 
 
 @pytest.mark.parametrize("kind, workers", [*((kind, 0) for kind in NO_PHOTOS), ("text", 1)])
-def test_what_is_no_photo_is_refused_by_its_path(folders, train_on, decoder, kind, workers):
+def test_files_that_are_not_photos_are_refused_by_their_path(folders, train_on, decoder, kind, workers):
     path = folders / "train/b/0.jpg"
     path.write_bytes(NO_PHOTOS[kind])
     refused = refusal(train_on(folders, "--workers", workers))
@@ -146,7 +146,7 @@ def test_what_is_no_photo_is_refused_by_its_path(folders, train_on, decoder, kin
 
 
 @pytest.mark.parametrize("name", ["cars*", "cars [v2]", "cars?", "."])
-def test_a_path_is_no_pattern_and_is_read_anew(tmp_path, monkeypatch, name):
+def test_paths_are_not_glob_patterns_and_are_read_again(tmp_path, monkeypatch, name):
     write_dataset(tmp_path / "cars-sibling", rows(4), rows(4), ["a", "b"])
     folder = tmp_path / ("cars here" if name == "." else name)
     for count in (2, 3):
@@ -157,7 +157,7 @@ def test_a_path_is_no_pattern_and_is_read_anew(tmp_path, monkeypatch, name):
         assert [len(load_split(name, split)) for split in ("train", "test")] == [count, 4]
 
 
-def test_photos_of_every_suffix_are_trained_on_and_none_that_programs_hide(folders, train_on):
+def test_photos_of_every_suffix_are_loaded_and_hidden_files_are_not(folders, train_on):
     write_folders(folders, ".ipynb_checkpoints/car.jpg", "@eaDir/car.jpg", "a/._0.jpg")
     write_folders(folders, "a/.ipynb_checkpoints/car.jpg", "a/@eaDir/car.jpg/small.jpg")
     formats = {"jfif": "JPEG", "JPG": "JPEG", "png": "PNG", "gif": "GIF", "webp": "WEBP"}
@@ -493,13 +493,13 @@ def test_another_dataset_of_the_hub_is_trained_on(cars, hub_at):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_of_the_network_is_one_line_with_its_reason(cars, hub_at, fault):
+def test_network_errors_are_one_line_with_the_reason(cars, hub_at, fault):
     with stand_in_hub(cars, *DEFAULT, status=fault) as (url, _):
         assert_not_loaded(hub_at(url if isinstance(fault, int) else fault)(), FAULTS[fault])
 
 
 @pytest.mark.parametrize("file", [1, 2])
-def test_the_next_run_goes_on_after_a_server_that_died_in_mid_file(cars, hub_at, file):
+def test_an_interrupted_download_continues_in_the_next_run(cars, hub_at, file):
     with stand_in_hub(cars, *DEFAULT, dies_in=file) as (url, _):
         assert_not_loaded(hub_at(url)(), "without sending")
     assert f"--dataset {DEFAULT[0]}" in refusal(hub_at(NOWHERE, offline=True)())
@@ -643,7 +643,7 @@ def crops(monkeypatch) -> list[tuple[int, int]]:
     return noted
 
 
-def test_draws_depend_on_seed_epoch_and_row_alone(crops, train_on, tmp_path):
+def test_crops_depend_on_seed_epoch_and_row_alone(crops, train_on, tmp_path):
     folder = write_dataset(tmp_path, [(jpeg(i // 2), 0) for i in range(16)], rows(1), ["a", "b"])
     success(train_on(folder, "--epochs", 2))
     success(train_on(folder, "--overwrite", "--batch-size", 6))
