@@ -1271,7 +1271,7 @@ def find_splits(dataset: str, wanted: list[str]) -> dict:
         reason = "is not a folder and could not be loaded from the Hub"
         with reported_as(f"--dataset {dataset} {reason}"):
             if dataset != DEFAULT_DATASET:
-                return with_val(datasets.load_dataset(dataset))
+                return with_val(load_from_hub(dataset))
             # The repository also holds seven corrupted copies of the test split.
             downloaded = huggingface_hub.snapshot_download(
                 dataset,
@@ -1293,6 +1293,21 @@ def find_splits(dataset: str, wanted: list[str]) -> dict:
         if path.is_dir() and is_visible(path.name) and path.name != "data":
             sources[path.name] = path
     return with_val(sources)
+
+
+def load_from_hub(dataset: str) -> datasets.DatasetDict:
+    """Load all splits of a Hub dataset. Raises ValueError if it has several configurations."""
+    try:
+        return datasets.load_dataset(dataset)
+    except ValueError as error:
+        if "Config name is missing" not in str(error):
+            raise
+        names = ", ".join(datasets.get_dataset_config_names(dataset))
+        download = f"hf download {dataset} --repo-type dataset --local-dir DIR"
+        raise ValueError(
+            f"it has the configurations {names}: download it with `{download}`, and pass "
+            "the folder of one of them"
+        ) from None
 
 
 def with_val(sources: dict) -> dict:

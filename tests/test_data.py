@@ -108,9 +108,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("words, change", REFUSED)
-def test_unusable_datasets_are_refused_in_one_line(
-    train_on, tmp_path, monkeypatch, words, change
-):
+def test_unusable_datasets_are_refused_in_one_line(train_on, tmp_path, monkeypatch, words, change):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.jpg").write_bytes(jpeg(0))
     folder = write_dataset(tmp_path / "cars", rows(8), rows(4), ["a", "b"])
@@ -135,7 +133,9 @@ def test_a_decoder_may_fail_with_any_error(folders, train_on, decoder, monkeypat
 
 
 @pytest.mark.parametrize("kind, workers", [*((kind, 0) for kind in NO_PHOTOS), ("text", 1)])
-def test_files_that_are_not_photos_are_refused_by_their_path(folders, train_on, decoder, kind, workers):
+def test_files_that_are_not_photos_are_refused_by_their_path(
+    folders, train_on, decoder, kind, workers
+):
     path = folders / "train/b/0.jpg"
     path.write_bytes(NO_PHOTOS[kind])
     refused = refusal(train_on(folders, "--workers", workers))
@@ -490,6 +490,18 @@ def test_the_default_dataset_is_downloaded_once(cars, tmp_path, hub_at):
 def test_another_dataset_of_the_hub_is_trained_on(cars, hub_at):
     with stand_in_hub(cars, "somebody/cars", "main") as (url, _):
         assert "16 train and 8 test photos" in success(hub_at(url, "somebody/cars")())
+
+
+def test_a_dataset_with_several_configurations_names_them_and_the_command(cars, tmp_path, hub_at):
+    configs = []
+    for name in ("coupes", "vans"):
+        shutil.copytree(cars / "data", tmp_path / "hub" / name)
+        configs.append(f"- {{config_name: {name}, data_files: {name}/train-*.parquet}}")
+    card = "\n".join(["---", "configs:", *configs, "---"])
+    (tmp_path / "hub/README.md").write_text(card)
+    with stand_in_hub(tmp_path / "hub", "somebody/cars", "main") as (url, _):
+        outcome = hub_at(url, "somebody/cars")()
+    assert_not_loaded(outcome, "it has the configurations coupes, vans: download it with `hf ")
 
 
 @pytest.mark.parametrize("fault", FAULTS)
