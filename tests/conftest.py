@@ -29,6 +29,9 @@ CACHE = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
 os.environ["HF_HOME"] = CACHE.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# A shell that starts the tests in the background lets them ignore Ctrl-C, and so all they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 import datasets  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
