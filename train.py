@@ -1107,8 +1107,8 @@ def describe_run(
 ) -> dict:
     """Return what a checkpoint contains besides states.
 
-    `numerics` is what results depend on besides settings and photos: precision and number of
-    processes. Raises InputError if the run to resume (`checkpoint`) had other photos.
+    `numerics` names the precision and the number of processes, which affect the results too. Raises
+    InputError if the run to resume (`checkpoint`) had other photos.
     """
     history = checkpoint.get("history", [])
     run = {
