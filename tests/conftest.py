@@ -5,6 +5,7 @@
 Tests that need a CPU or several devices are then skipped, with the reason.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -38,12 +39,11 @@ import torch  # noqa: E402
 from draw_cars import draw_cars  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from scripts import SMALL, Fork  # noqa: E402
-from small import REAL_NETWORK, use_small_network  # noqa: E402
+from small import RESNET50  # noqa: E402
 
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 
-use_small_network()
 datasets.disable_progress_bars()
 # With the lowest versions, torchcodec may not load. One test looks at the line that says so.
 train.TORCHCODEC_ERROR = None
@@ -74,9 +74,19 @@ def float32_products():
 
 
 @pytest.fixture(autouse=True)
-def blank_curves(monkeypatch):
-    """Runs in the tests' process draw an empty picture: of an epoch, curves take most of the time."""
-    monkeypatch.setattr(train, "draw_curves", lambda *args: Figure(figsize=(1, 1)))
+def figures(monkeypatch) -> list[Figure]:
+    """The figures that a script saves in the tests' process, in their order, not drawn.
+
+    Drawing them takes most of the time of a small run. Instead, a file gets a PNG's first bytes.
+    """
+    saved = []
+
+    def note(figure, file, **options):
+        saved.append(figure)
+        file.write(b"\x89PNG, not drawn")
+
+    monkeypatch.setattr(Figure, "savefig", note)
+    return saved
 
 
 @pytest.fixture(scope="session")
@@ -90,7 +100,7 @@ def cars(tmp_path_factory) -> Path:
 @pytest.fixture
 def real_network(monkeypatch):
     """The network of train.py itself, where it is the point."""
-    monkeypatch.setattr(train, "NETWORK", REAL_NETWORK)
+    monkeypatch.setattr(train.NETWORK, "build", RESNET50)
 
 
 @pytest.fixture
@@ -131,10 +141,10 @@ def fork(tmp_path):
     """Start a script in a Fork, which does not outlive the test."""
     forks = []
 
-    def start(script: str, *flags, **environment) -> Fork:
+    def start(script: str, *flags, **options) -> Fork:
         folder = tmp_path / f"fork{len(forks)}"
         folder.mkdir()
-        forks.append(Fork(script, *flags, folder=folder, **environment))
+        forks.append(Fork(script, *flags, folder=folder, **options))
         return forks[-1]
 
     yield start
@@ -147,16 +157,16 @@ def fork(tmp_path):
 def ranks(fork, cars):
     """Run train.py in processes that find each other as those of torchrun do, on CPUs."""
 
-    def run(processes: int, *flags, **environment) -> list[tuple[int, str, str]]:
+    def run(processes: int, *flags, inside=contextlib.nullcontext) -> list[tuple[int, str, str]]:
         # It chooses a free port, as torchrun does.
         store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-        environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": store.port}
+        environment = {"MASTER_ADDR": "localhost", "MASTER_PORT": store.port}
         environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": 1}
         environment |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
         environment |= {"CUDA_VISIBLE_DEVICES": ""}
         command = ["train.py", "--dataset", cars, *SMALL, *flags]
         places = [{"RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
-        started = [fork(*command, **environment, **place) for place in places]
+        started = [fork(*command, inside=inside, **environment, **place) for place in places]
         return [process.end() for process in started]
 
     return run

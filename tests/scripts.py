@@ -3,20 +3,23 @@
 There are three ways, from the fastest to the most real:
 
 - the fixtures `run_train` and `run_eval` (conftest.py) call `main` in the tests' own process: for
-  all that needs no process of its own. They can be monkeypatched;
-- the fixtures `fork` and, for several processes, `ranks` run spy.py in a copy of a process that has
-  imported the libraries: for kills, signals, workers that die and torchrun's variables;
+  all that needs no process of its own;
+- the fixtures `fork` and, for several processes, `ranks` run a script as `__main__` in a copy of a
+  process that has imported the libraries: for kills, signals, workers that die and torchrun's
+  variables. What they watch or disturb stands in the test, as a context manager;
 - `run` starts `python SCRIPT` as a user does: for imports, warnings and torchrun itself.
 
 The first two use the small network, the third one uses ResNet-50 itself.
 """
 
+import contextlib
 import multiprocessing
 import os
 import runpy
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -42,17 +45,30 @@ def run(*arguments, environment: dict | None = None, **options) -> tuple[int, st
 
 
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["train", "eval"])
+FORKSERVER.set_forkserver_preload(["small", "train", "eval", "pytest"])
 
 
 class Fork(FORKSERVER.Process):
-    """spy.py with a script, and its workers, in a process group of their own."""
+    """A script with the small network, and its workers, in a process group of their own.
 
-    def __init__(self, script: str, *flags, folder: Path, **environment):
+    Args:
+        inside: returns a context manager within which the script runs. It is a function at the top
+            level of a test file, or a functools.partial of one.
+    """
+
+    def __init__(
+        self,
+        script: str,
+        *flags,
+        folder: Path,
+        inside: Callable = contextlib.nullcontext,
+        **environment,
+    ):
         super().__init__()
-        self.argv = ["spy.py", str(ROOT / script), *map(str, flags)]
+        self.argv = [str(ROOT / script), *map(str, flags)]
         self.out = folder / "out"
         self.err = folder / "err"
+        self.inside = inside
         self.environment = {name: str(value) for name, value in environment.items()}
         self.out.touch()
         self.err.touch()
@@ -65,12 +81,13 @@ class Fork(FORKSERVER.Process):
             os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
         os.environ.update(self.environment)
         # They have read the environment of the fork server.
-        for name in ("train", "eval", "small"):
+        for name in ("train", "eval"):
             sys.modules.pop(name, None)
         # The script's own workers start as they do elsewhere.
         multiprocessing.set_start_method(None, force=True)
         sys.argv = self.argv
-        runpy.run_path(str(ROOT / "tests/spy.py"), run_name="__main__")
+        with self.inside():
+            runpy.run_path(sys.argv[0], run_name="__main__")
 
     def wait_for(self, beginning: str):
         """Wait for a line on standard output."""

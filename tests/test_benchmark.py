@@ -1,13 +1,14 @@
 """benchmark.py: it runs and prints its rows, and its textbook computes what eval.py does."""
 
-from types import SimpleNamespace
-
 import benchmark
+import datasets
+import numpy as np
+import pandas
 import pytest
-import torch
+from files import load
+from scripts import success
 from small import small_resnet
 
-import eval as evaluation
 import train
 
 
@@ -31,15 +32,20 @@ def test_the_table_has_every_row(cars, capfd):
     assert "pause between epochs, seconds: " in out
 
 
-def test_the_textbook_gives_the_logits_of_eval(trained):
-    test = train.load_split(train.find_splits(str(trained.cars), ["test"]), "test")
-    test = test.select(range(16))
+def test_the_textbook_gives_the_six_views_of_eval(run_eval, trained, tmp_path):
+    best = trained.run / "best_model.pth"
+    flags = ["--checkpoint", best, "--output-dir", tmp_path, "--num-gradcam", 0, "--tta"]
+    success(run_eval(*flags))
+    table = pandas.read_csv(tmp_path / "predictions.csv").head(16)
+    file = next((trained.cars / "data").glob("test-*"))
+    test = datasets.Dataset.from_parquet(str(file), cache_dir=str(tmp_path)).select(range(16))
     model = small_resnet(num_classes=8).to(train.DEVICE)
-    model.load_state_dict(train.read_checkpoint(trained.run / "best_model.pth")["model"])
-    expected = benchmark.textbook_tta(model, {"test": test}, sizes=(64, 8, 0))
-    flags = SimpleNamespace(batch_size=8, workers=0, tta=True, split="test", resolution=64)
-    photos = evaluation.view_dataset(test, flags)
-    autocast = train.autocast_to(torch.float32)
-    logits = [logits for _, logits, _ in evaluation.predict(model, photos, flags, autocast)]
-    mean = torch.cat(logits, dim=1).mean(0)
-    assert (mean - expected).norm() < 2e-3 * expected.norm()
+    model.load_state_dict(load(best)["model"])
+    logits = benchmark.textbook_tta(model, {"test": test}, sizes=(64, 8, 0))
+    shares = logits.softmax(1)
+    names = np.array(test.features["label"].names)
+    assert table["tta_predicted"].tolist() == names[shares.argmax(1)].tolist()
+    expected = np.stack([shares.amax(1), shares[range(16), test["label"][:]]], axis=1)
+    found = table[["tta_confidence", "tta_true_confidence"]].to_numpy()
+    of_one_view = table[["confidence", "true_confidence"]].to_numpy()
+    assert np.abs(found - expected).max() < 0.1 * np.abs(found - of_one_view).max()

@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -17,78 +18,167 @@ import numpy as np
 import pandas
 import pytest
 import torch
-import torchvision
 from files import jpeg, load, read_history, rows, write_dataset
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from scripts import ROOT, children, is_running, refusal, success
 from sklearn.metrics import balanced_accuracy_score, classification_report, log_loss
-from small import small_resnet
+from small import RESNET50, small_resnet
 from torchvision.transforms import v2
 
-import eval as evaluation
 import train
+from eval import compute_metrics
 
 # In an order that is not that of their folders.
 NAMES = [f"Škoda Citigo{number} Van 2012" for number in (3, 1, 2, 0, 7, 6, 5, 4)]
-NORMALIZE = v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Between two $, matplotlib would read it as a formula, and fail.
+LONG_NAME = "$x_{$ Chevrolet Silverado 1500 Classic Extended Cab"
+
+
+def plain_view(encoded: bytes, resolution: int, side: int = 256) -> torch.Tensor:
+    """A photo's center crop, normalized, by torchvision's own transforms: (3, R, R) float32."""
+    resized = v2.Resize(int(resolution * side / 224))(train.decode_photo(encoded))
+    return v2.Normalize(MEAN, STD)(v2.CenterCrop(resolution)(resized).float() / 255)
+
+
+def features_of(model: torch.nn.Module, views: list[torch.Tensor]) -> torch.Tensor:
+    """What the last layer gets: (views, 2048)."""
+    return torch.nn.Sequential(*list(model.children())[:-1])(torch.stack(views)).flatten(1)
+
+
+def fit(model: torch.nn.Module, features: torch.Tensor, logits: torch.Tensor):
+    """Set the last layer so that it turns `features` (N, 2048) into `logits` (N, classes)."""
+    mean = features.mean(0)
+    weight = torch.linalg.pinv(features - mean) @ (logits - logits.mean(0))
+    model.fc.weight[:] = weight.T
+    model.fc.bias[:] = logits.mean(0) - mean @ weight
 
 
 @pytest.fixture(scope="module")
 def plain(trained, tmp_path_factory) -> SimpleNamespace:
     """Photos in folders, and a trained network; six views fix photos 16–19 and break 0–2."""
     folder = tmp_path_factory.mktemp("plain")
-    cars = train.load_split(train.find_splits(str(trained.cars), ["test"]), "test")
-    cars = sorted(cars, key=lambda item: NAMES[item["label"]])
-    labels = torch.tensor([item["label"] for item in cars])
+    parquet = pandas.read_parquet(next((trained.cars / "data").glob("test-*")))
+    cars = sorted(parquet.to_dict("records"), key=lambda car: NAMES[car["label"]])
+    labels = torch.tensor([car["label"] for car in cars])
     paths = [folder / f"test/{NAMES[label]}/{row % 4}.jpg" for row, label in enumerate(labels)]
     views = []
-    for path, item in zip(paths, cars, strict=True):
+    for path, car in zip(paths, cars, strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(item["image"]["bytes"])
+        path.write_bytes(car["image"]["bytes"])
         for side in (256, 224, 288):
-            resized = v2.Resize(int(64 * side / 224))(train.decode_photo(path.read_bytes()))
-            crop = NORMALIZE(v2.CenterCrop(64)(resized).float() / 255)
+            crop = plain_view(car["image"]["bytes"], 64, side)
             views += [crop, crop.flip(-1)]
     saved = load(trained.run / "best_model.pth")
     model = small_resnet(num_classes=8).eval()
     model.load_state_dict(saved["model"])
     with torch.no_grad():
-        features = torch.nn.Sequential(*list(model.children())[:-1])(torch.stack(views))
-        features = features.view(32, 6, 2048)
+        features = features_of(model, views).view(32, 6, 2048)
         known = torch.cat([features[:20, 0], features[:20].mean(1)])
         taken_for = labels[:20].repeat(2)
         taken_for[16:23] = (taken_for[16:23] + 1) % 8
-        weight = torch.linalg.pinv(known - known.mean(0)) @ torch.eye(8)[taken_for] * 5
-        model.fc.weight[:] = weight.T
-        model.fc.bias[:] = torch.linspace(0, 1, 8) - known.mean(0) @ weight
+        fit(model, known, 5 * torch.eye(8)[taken_for] + torch.linspace(0, 1, 8))
         logits = model.fc(features)
-    saved.update(model=model.state_dict(), classes=NAMES, settings={"dataset": str(folder)})
+    settings = {**saved["settings"], "dataset": str(folder)}
+    saved.update(model=model.state_dict(), classes=NAMES, settings=settings)
     checkpoint = folder / "best_model.pth"
     torch.save(saved, checkpoint)
     return SimpleNamespace(**locals())
 
 
-def read_metrics(folder) -> dict:
+@pytest.fixture
+def run_eval_on(run_eval, tmp_path):
+    """Run eval.py on photos of these classes, with a network that gives them these logits.
+
+    It takes the names of the classes, a label for each photo, and (photos, classes) logits of one
+    view at 40 px. The files are in the test's folder.
+    """
+
+    def run(names: list[str], labels: list[int], logits: torch.Tensor, *flags):
+        photos = [jpeg(seed) for seed in range(len(labels))]
+        test_rows = list(zip(photos, labels, strict=True))
+        cars = write_dataset(tmp_path / "cars", rows(2), test_rows, names)
+        torch.manual_seed(0)
+        model = small_resnet(num_classes=len(names)).eval()
+        with torch.no_grad():
+            fit(model, features_of(model, [plain_view(photo, 40) for photo in photos]), logits)
+        torch.save(model.state_dict(), tmp_path / "fitted.pth")
+        common = ["--checkpoint", tmp_path / "fitted.pth", "--dataset", cars, "--resolution", 40]
+        outcome = run_eval(*common, *flags)
+        table = read_table(tmp_path / "predictions.csv")
+        assert list(table["predicted"]) == [names[index] for index in logits.argmax(1)]
+        return outcome
+
+    return run
+
+
+@pytest.fixture
+def gradcams(monkeypatch) -> list[SimpleNamespace]:
+    """What pytorch_grad_cam is asked for, and what it returns, map by map."""
+    noted = []
+    forward = GradCAM.forward
+
+    def noting_forward(cam, images, targets, *args, **options):
+        maps = forward(cam, images, targets, *args, **options)
+        cells = cam.activations_and_grads.activations[0]
+        for heat, target, cell in zip(maps, targets, cells, strict=True):
+            note = dict(heat=heat, target=target.category, cells=tuple(cell.shape))
+            noted.append(SimpleNamespace(model=cam.model, layers=cam.target_layers, **note))
+        return maps
+
+    monkeypatch.setattr(GradCAM, "forward", noting_forward)
+    return noted
+
+
+def panels(figure: Figure) -> list[SimpleNamespace]:
+    """The title, its color and the crop of each panel of a GradCAM picture."""
+    found = []
+    for axes in figure.axes:
+        if axes.images:
+            (title,) = [text for text in axes.findobj(Text) if "confidence" in text.get_text()]
+            picture = np.asarray(axes.images[0].get_array())
+            crop = picture[:, : picture.shape[1] // 2]
+            found.append(SimpleNamespace(axes=axes, title=title, crop=crop))
+    return found
+
+
+def rows_shown(figure: Figure, plain: SimpleNamespace) -> list[int]:
+    """Find out by the pixels which of the 32 plain photos the panels show."""
+    first_views = torch.stack(plain.views[::6]).permute(0, 2, 3, 1) * torch.tensor(STD)
+    crops = (first_views + torch.tensor(MEAN)).numpy()
+    found = []
+    for panel in panels(figure):
+        distances = np.abs(crops - panel.crop).max((1, 2, 3))
+        assert distances.min() < 0.01
+        found.append(int(distances.argmin()))
+    return found
+
+
+def read_metrics(folder: Path) -> dict:
     return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
 
 
-def read_table(path) -> pandas.DataFrame:
+def read_table(path: Path) -> pandas.DataFrame:
     assert path.read_bytes().startswith(b"\xef\xbb\xbf"), "Excel would garble it"
     return pandas.read_csv(path)
 
 
+# ---------------------------------------------------------------- figures
+
+
 def test_metrics_equal_plain_counts():
-    cars = list(itertools.product(("AM", "Audi", "VW"), ("S Sedan", "S Van"), ("1999", "2012")))
+    cars = list(itertools.product(("VW", "AM", "Audi"), ("S Sedan", "S Van"), ("1999", "2012")))
     names = [" ".join(car) for car in cars]
     rng = np.random.default_rng(0)
     # Calibrated but for chance; the last class has no photo, and no photo is taken for the first.
     labels = rng.integers(0, 11, 500).tolist()
     logits = 2 * rng.normal(size=(500, 12)) + 4 * np.eye(12)[labels] - 20 * np.eye(12)[0]
     logits = torch.from_numpy(logits).float()
-    found = evaluation.compute_metrics(logits, torch.tensor(labels), names)
+    found = compute_metrics(logits, torch.tensor(labels), names)
     close = functools.partial(pytest.approx, abs=1e-6)
     shares = logits.double().softmax(1).numpy()
     predicted = shares.argmax(1).tolist()
@@ -105,12 +195,6 @@ def test_metrics_equal_plain_counts():
         half = z / (1 + z**2 / 500) * math.sqrt(share * (1 - share) / 500 + z**2 / (4 * 500**2))
         expected = [share, mid - half, mid + half]
         assert [part["accuracy"], part["ci95_low"], part["ci95_high"]] == close(expected)
-    calibration_error = 0
-    for low in range(15):
-        photos = [row for row in range(500) if low < 15 * shares[row].max() <= low + 1]
-        gap = sum(shares[row].max() - right[row] for row in photos)
-        calibration_error += abs(gap) / 500
-    assert found["calibration_error"] == close(calibration_error)
     options = dict(labels=range(12), target_names=names, output_dict=True, zero_division=0)
     theirs = classification_report(labels, predicted, **options)
     for index, row in enumerate(found["per_class"]):
@@ -132,32 +216,29 @@ def test_metrics_equal_plain_counts():
     assert found["errors"] == close(kinds)
     others = ("Beechcraft 1900", "Van", "Audi A4 Sedan 1850")
     for name in others:
-        renamed = evaluation.compute_metrics(logits, torch.tensor(labels), [*names[:11], name])
-        assert "errors" not in renamed
-    noisy = logits + torch.from_numpy(rng.normal(size=(500, 12)))
-    changes = Counter(zip(right, (noisy.argmax(1).numpy() == labels).tolist(), strict=True))
-    fixed, broke = changes[False, True], changes[True, False]
-    tail = sum(math.comb(fixed + broke, k) for k in range(min(fixed, broke) + 1))
-    change = evaluation.compare_views(logits, noisy, torch.tensor(labels))
-    mcnemar = {"fixed": fixed, "broke": broke, "p_value": 2 * tail / 2 ** (fixed + broke)}
-    assert change == close(mcnemar)
+        assert "errors" not in compute_metrics(logits, torch.tensor(labels), [*names[:11], name])
 
 
-def test_the_calibration_error_has_bins_from_0_to_1():
+def test_the_calibration_error_has_15_bins_from_0_to_1():
     # Of more than 15 classes, the highest confidence may be below 1/15, in the first bin.
-    confidences = torch.linspace(0.02, 1, 50)
-    correct = torch.arange(50) // 3 % 2 == 0
+    confidences = np.linspace(0.021, 0.999, 50)
+    is_correct = np.arange(50) // 3 % 2 == 0
+    shares = np.repeat((1 - confidences[:, None]) / 59, 60, axis=1)
+    shares[:, 7] = confidences
+    labels = torch.from_numpy(np.where(is_correct, 7, 8))
+    names = [f"class {index}" for index in range(60)]
+    found = compute_metrics(torch.from_numpy(np.log(shares)).float(), labels, names)
     gaps = []
     for low in range(15):
         in_bin = (15 * confidences > low) & (15 * confidences <= low + 1)
-        gap = confidences[in_bin].double().mean() - correct[in_bin].double().mean()
-        gaps.append(gap.item() * in_bin.sum().item() / 50)
+        gaps.append((confidences[in_bin] - is_correct[in_bin]).sum() / 50)
     assert gaps[0] < 0 < gaps[1]  # In one bin, they would cancel out.
-    expected = sum(abs(gap) for gap in gaps)
-    assert evaluation.calibration_error(confidences, correct) == pytest.approx(expected)
+    assert found["calibration_error"] == pytest.approx(np.abs(gaps).sum(), abs=1e-6)
 
 
 def test_training_and_evaluation_agree_and_0_draws_no_gradcam(run_eval, trained, tmp_path):
+    for name in ("gradcam_samples.png", "gradcam_worst.png"):
+        (tmp_path / name).write_bytes(b"of an older evaluation")
     best = trained.run / "best_model.pth"
     success(run_eval("--checkpoint", best, "--num-gradcam", 0, "--output-dir", tmp_path))
     metrics = read_metrics(tmp_path)["test"]
@@ -167,140 +248,83 @@ def test_training_and_evaluation_agree_and_0_draws_no_gradcam(run_eval, trained,
     assert not list(tmp_path.glob("gradcam*"))
 
 
-def test_the_most_confident_error_of_each_of_the_five_worst_classes_is_shown():
-    per_class = pandas.DataFrame({"class": [*"abcdefgh"], "support": [3] * 7 + [0]})
-    per_class["recall"] = [0.5, 0.1, 0.6, 0.2, 0.9, 0, 0.3, 0]
-    predictions = pandas.DataFrame({"true": [*"abcdefg" * 3, "b"], "predicted": [*"h" * 21, "b"]})
-    predictions["confidence"] = [0.3] * 7 + [0.8] * 7 + [0.7] * 7 + [0.99]
-    shown = evaluation.most_confident_errors(predictions, per_class)
-    assert list(shown["true"]) == [*"fbdga"]
-    assert set(shown["confidence"]) == {0.8}
-
-
-def test_maps_equal_pytorch_grad_cam_and_keep_no_early_activations(plain):
-    loaded = evaluation.load_network(train.read_checkpoint(plain.checkpoint)["model"])
-    photo = train.decode_photo(plain.paths[3].read_bytes())
-    saved = []
-    hooks = (lambda value: saved.append(value.numel()) or value, lambda value: value)
-    with torch.autograd.graph.saved_tensors_hooks(*hooks):
-        evaluation.grad_cam(loaded, train.center_crop(photo, 96), 0)
-    # The last block's weights are the largest; an early feature map has 64 channels at 48 px.
-    assert 0 < max(saved) <= 2048 * 1024
-    assert 64 * 48 * 48 not in saved
-    found = evaluation.grad_cam(loaded, train.center_crop(photo, 64), 3)
-    with GradCAM(plain.model, [plain.model.layer4[-1]]) as cam:
-        of_3, of_4 = [cam(plain.views[18][None], [ClassifierOutputTarget(i)])[0] for i in (3, 4)]
-    np.testing.assert_allclose(found, of_3, atol=2e-3)
-    assert np.abs(of_3 - of_4).max() > 0.02, "the bound could not fail"
-
-
-def draw(figure, parts: list) -> np.ndarray:
-    """The pixels, once none of `parts` is found to be cut off or to lie over another."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    boxes = [each.get_tightbbox() for each in parts]
-    for index, box in enumerate(boxes):
-        assert all(figure.bbox.contains(*corner) for corner in (box.min, box.max))
-        assert not any(box.overlaps(other) for other in boxes[:index])
-    return np.asarray(canvas.buffer_rgba())
-
-
-@pytest.mark.parametrize("count", [1, 5, 16, pytest.param(100, marks=pytest.mark.slow)])
-def test_gradcam_titles_are_whole_and_apart(count):
-    title = "true: $x_{$ Rolls-Royce Phantom Drophead Coupe Convertible 2012\npredicted: a\nright"
-    crops = torch.zeros(count, 40, 40, 3, dtype=torch.uint8)
-    panels = pandas.DataFrame({"title": [title] * count, "color": "red"})
-    figure = evaluation.plot_grad_cam(crops, np.zeros((count, 40, 40), np.float32), panels)
-    drawn = [axes for axes in figure.axes if axes.images]
-    assert len(drawn) == count
-    columns = {round(axes.get_position().x0, 3) for axes in drawn}
-    assert len(columns) == min(count, 4)
-    texts = [text for text in figure.findobj(Text) if text.get_text() == title]
-    assert [text.get_color() for text in texts] == ["red"] * count
-    assert figure.get_suptitle() == "GradCAM of the predicted class: 2 × 2 cells, enlarged to 40 px"
-    draw(figure, [*drawn, figure._suptitle])
-
-
-@pytest.mark.parametrize("count", [2, 8, pytest.param(196, marks=pytest.mark.slow)])
-def test_the_confusion_matrix_names_every_class_and_leaves_empty_cells_white(count):
-    names = [f"$x_{{$ Chevrolet Silverado 1500 Classic Extended Cab {i}" for i in range(count)]
-    predictions = pandas.DataFrame({"true": names, "predicted": names[::-1]})
-    figure = evaluation.plot_confusion(predictions, names, "test split, one view: accuracy 0.00%")
-    axes, bar = figure.axes
-    labels = [*axes.get_yticklabels(), *axes.get_xticklabels()]
-    assert [label.get_text() for label in labels] == names * 2
-    assert bar.get_ylabel() == "share of the true class"
-    numbers = [text.get_text() for text in axes.texts]
-    assert len(numbers) == (count**2 if count <= 20 else 0)
-    assert numbers[:count] == (["0.00"] * (count - 1) + ["1.00"] if count <= 20 else [])
-    pixels = draw(figure, [*labels, axes.title, axes.xaxis.label, axes.yaxis.label, bar])
-    for predicted, is_white in ((0, True), (count - 1, False)):
-        x, y = axes.transData.transform((predicted + 0.4, 0.4))
-        assert (pixels[int(len(pixels) - y), int(x)] == 255).all() == is_white
-
-
-@pytest.mark.parametrize("failing", ["plot_confusion", "an older figure"])
-def test_a_figure_that_fails_costs_no_metrics(run_eval, plain, tmp_path, monkeypatch, failing):
-    flags = ["--checkpoint", plain.checkpoint, "--output-dir", tmp_path]
-    if failing == "an older figure":
-        (tmp_path / "confusion_matrix.png/that cannot be removed").mkdir(parents=True)
-        assert "confusion_matrix.png: [Errno 21]" in refusal(run_eval(*flags))
-    else:
-        monkeypatch.setattr(evaluation, "plot_confusion", mock.Mock(side_effect=OSError))
-        with pytest.raises(OSError):
-            run_eval(*flags)
-    assert read_metrics(tmp_path)["test"]["total"] == 32
-    tables = [read_table(tmp_path / name) for name in ("predictions.csv", "classes.csv")]
-    assert list(map(len, tables)) == [32, 8]
-
-
-def test_the_report_is_in_order_and_its_tables_are_those_of_plain_logits(run_eval, plain, tmp_path):
+def test_files_and_report_have_the_figures_of_plain_logits(run_eval, plain, tmp_path):
     flags = ["--checkpoint", plain.checkpoint, "--output-dir", tmp_path, "--workers", 1]
     out = success(run_eval(*flags, "--tta", "--num-gradcam", 4))
-    best = plain.saved
-    first = (
-        f"checkpoint  {plain.checkpoint}: epoch {best['epoch']}, trained at 64 px, chosen on the "
-    )
-    assert out.startswith(f"{first}test split ({best['test_accuracy']:.2%})\n")
-    parts = (
-        "device |64 px|32 test photos|metrics.|predictions.|classes.|Classes, one view|precision|"
-    )
-    parts += "Most confused pairs, one view|share|Summary|one view|six views|accuracy|top-5|"
-    parts += "mean class|loss|calibration|wrong year|wrong model or body|year may be wrong|"
-    parts += "of the make|McNemar's test: p = |photos/s|confusion_matrix.|gradcam_samples.|worst."
-    start = 0
-    for part in parts.split("|"):
-        start = out.index(part, start)
     table = read_table(tmp_path / "predictions.csv")
     assert list(table["file"]) == list(map(str, plain.paths))
     assert list(table["true"]) == [NAMES[label] for label in plain.labels]
     metrics = read_metrics(tmp_path)
+    one, six = metrics["test"], metrics["tta"]
     classes = read_table(tmp_path / "classes.csv")
-    pandas.testing.assert_frame_equal(classes, pandas.DataFrame(metrics["test"]["per_class"]))
-    first_view, all_views = plain.logits[:, 0], plain.logits.mean(1)
-    for part, prefix, logits in (("test", "", first_view), ("tta", "tta_", all_views)):
+    per_class = pandas.DataFrame(one["per_class"])
+    pandas.testing.assert_frame_equal(classes[per_class.columns], per_class)
+    rights = []
+    for part, prefix, logits in (
+        (one, "", plain.logits[:, 0]),
+        (six, "tta_", plain.logits.mean(1)),
+    ):
         shares = logits.softmax(1)
         assert list(table[f"{prefix}predicted"]) == [NAMES[i] for i in shares.argmax(1)]
         found = table[[f"{prefix}confidence", f"{prefix}true_confidence"]]
         expected = torch.stack([shares.amax(1), shares[range(32), plain.labels]], dim=1)
         np.testing.assert_allclose(found, expected, atol=1e-4)
-        expected = evaluation.compute_metrics(logits, plain.labels, NAMES)
-        for name in ("loss", "calibration_error"):
-            assert metrics[part].pop(name) == pytest.approx(expected.pop(name), abs=1e-5)
-        assert metrics[part] == expected
-    change = evaluation.compare_views(first_view, all_views, plain.labels)
-    assert metrics["tta_change"] == change
-    assert f"six views fixed {change['fixed']} photos and broke {change['broke']} " in out
-    assert min(change["fixed"], change["broke"]) >= 3
-    headline = re.search(r"^accuracy +(\S+) \((\d+) of 32, 95% CI ([\d.]+)–([\d.]+)\)", out, re.M)
-    one = metrics["test"]
-    texts = [f"{one['accuracy']:.2%}", str(one["correct"])]
-    texts += [f"{100 * one[name]:.1f}" for name in ("ci95_low", "ci95_high")]
-    assert list(headline.groups()) == texts
-    assert metrics["run"]["device"] == train.DEVICE.type
-    assert metrics["run"]["epoch"] == plain.saved["epoch"]
-    assert metrics["run"]["chosen_on"] == metrics["run"]["split"] == "test"
-    assert metrics["run"]["photos_per_second"] > 0
+        expected = compute_metrics(logits, plain.labels, NAMES)
+        rounded = {
+            name: pytest.approx(expected[name], abs=1e-5) for name in ("loss", "calibration_error")
+        }
+        assert part == {**expected, **rounded}
+        rights.append((shares.argmax(1) == plain.labels).tolist())
+
+    changes = Counter(zip(*rights, strict=True))
+    fixed, broke = changes[False, True], changes[True, False]
+    assert min(fixed, broke) >= 3
+    # McNemar's exact test: as unequal as this, or more, in so many tosses of a coin.
+    tail = sum(math.comb(fixed + broke, k) for k in range(min(fixed, broke) + 1))
+    p_value = pytest.approx(min(1, 2 * tail / 2 ** (fixed + broke)))
+    assert metrics["tta_change"] == {"fixed": fixed, "broke": broke, "p_value": p_value}
+
+    run = metrics["run"]
+    assert run["device"] == train.DEVICE.type
+    assert run["epoch"] == plain.saved["epoch"]
+    assert run["chosen_on"] == run["split"] == "test"
+    assert run["photos_per_second"] > 0
+
+    files = ("metrics.json", "predictions.csv", "classes.csv", "confusion_matrix.png")
+    files += ("gradcam_samples.png", "gradcam_worst.png")
+    for path in (plain.checkpoint, *(tmp_path / name for name in files)):
+        assert str(path) in out
+        assert path.is_file()
+    words = f"epoch {plain.saved['epoch']}|{plain.saved['test_accuracy']:.2%}|64 px|32 test photos"
+    words += "|precision|recall|confused pairs|one view|six views|mean class|calibration"
+    words += f"|McNemar|fixed {fixed}|broke {broke}|photos/s"
+    assert [word for word in words.split("|") if word not in out] == []
+    assert all(out.count(name) >= 1 for name in NAMES)
+
+    def assert_in_summary(title: str, *texts: str):
+        (line,) = re.findall(rf"^{title} +(\d.*)", out, re.MULTILINE)
+        start = 0
+        for text in texts:  # One view stands before six.
+            start = line.index(text, start) + len(text)
+
+    for title, parts in (("accuracy", (one, six)), ("top-5.*?", (one["top5"], six["top5"]))):
+        texts = []
+        for part in parts:
+            texts += [f"{part['accuracy']:.2%}", f"{part['correct']} of 32"]
+            texts += [f"{100 * part['ci95_low']:.1f}", f"{100 * part['ci95_high']:.1f}"]
+        assert_in_summary(title, *texts)
+    assert_in_summary("loss", *(f"{part['loss']:.4f}" for part in (one, six)))
+    for title, name in (
+        ("wrong year.*?", "year_only"),
+        ("wrong model.*?", "same_make"),
+        ("wrong make.*?", "other_make"),
+    ):
+        assert_in_summary(title, *(str(part["errors"][name]) for part in (one, six)))
+    for title, name in (
+        ("accuracy.*year.*?", "model_accuracy"),
+        ("accuracy.*make", "make_accuracy"),
+    ):
+        assert_in_summary(title, *(f"{part['errors'][name]:.2%}" for part in (one, six)))
 
 
 def test_one_photo_all_right_at_another_resolution(run_eval, plain, tmp_path, monkeypatch):
@@ -312,9 +336,9 @@ def test_one_photo_all_right_at_another_resolution(run_eval, plain, tmp_path, mo
     (tmp_path / "gradcam_worst.png").write_bytes(b"of an older run")
     flags = ["--checkpoint", tmp_path / "1.pth", "--dataset", cars, "--output-dir", tmp_path]
     out = success(run_eval(*flags, "--resolution", 40, "--tta"))
-    assert f"epoch {plain.saved['epoch']}, trained at 64 px" in out
-    assert ", float32\nresolution  40 px\n" in out
-    assert "7 of 8 classes have no test photos" in out
+    assert "trained at 64 px" in out
+    assert "40 px" in out
+    assert "float32" in out
     assert not (tmp_path / "gradcam_worst.png").exists()
     metrics = read_metrics(tmp_path)
     assert metrics["run"]["precision"] == "torch.float32"
@@ -323,9 +347,246 @@ def test_one_photo_all_right_at_another_resolution(run_eval, plain, tmp_path, mo
     assert metrics["tta_change"]["p_value"] == 1
 
 
+@pytest.mark.parametrize("count", [20, 21])
+def test_of_more_than_twenty_classes_ten_at_each_end_are_listed(run_eval_on, count):
+    # Photos that are recognized, of all: of ten classes few, of ten many, of one the half.
+    counts = [(0, 1)] * 5 + [(1, 3)] * 5 + [(1, 2)] * (count - 20) + [(2, 3)] * 5 + [(1, 1)] * 5
+    names = [f"class {index}" for index in range(count)]
+    recall = {name: right / of for name, (right, of) in zip(names, counts, strict=True)}
+    labels, taken_for = [], []
+    order = np.random.default_rng(0).permutation(count)
+    for label, index in enumerate(order):
+        right, of = counts[index]
+        labels += [label] * of
+        taken_for += [label] * right + [(label + 1) % count] * (of - right)
+    logits = 5 * torch.eye(count)[taken_for]
+    in_order = [names[index] for index in order]
+    out = success(run_eval_on(in_order, labels, logits, "--num-gradcam", 0))
+    # Precision, recall and F1 stand beside a class, one share beside a confused pair.
+    lines = re.findall(r"^(class \d+) (.*%.*%.*%.*)", out, re.MULTILINE)
+    assert all(f" {recall[name]:.1%} " in line for name, line in lines)
+    shown = [name for name, _ in lines]
+    recalls = [recall[name] for name in shown]
+    assert len(shown) == len(set(shown)) == 20
+    if count == 20:
+        assert recalls == sorted(recalls)
+    else:
+        assert set(shown[:10]) == set(names[:10])
+        assert recalls[:10] == sorted(recalls[:10])
+        assert recalls[10:] == sorted(recalls[10:], reverse=True)
+        assert min(recalls[10:]) > 0.5
+    assert ("worst" in out, "best" in out) == (count > 20, count > 20)
+
+
+def test_top_5_needs_more_than_five_classes(run_eval_on, tmp_path):
+    labels = list(range(5))
+    out = success(run_eval_on([*"abcde"], labels, torch.eye(5), "--num-gradcam", 0))
+    assert "top5" not in read_metrics(tmp_path)["test"]
+    assert "top-5" not in out
+
+
+def test_photos_in_folders_and_in_parquet_files_get_the_same_predictions(
+    run_eval, plain, trained, tmp_path
+):
+    # The classes stand in another order there, and the rows too.
+    parquet = {**plain.saved, "classes": load(trained.run / "best_model.pth")["classes"]}
+    torch.save(parquet, tmp_path / "parquet.pth")
+    shares = []
+    for checkpoint, cars in (
+        (plain.checkpoint, plain.folder),
+        (tmp_path / "parquet.pth", trained.cars),
+    ):
+        flags = ["--checkpoint", checkpoint, "--dataset", cars, "--num-gradcam", 0]
+        success(run_eval(*flags, "--output-dir", tmp_path))
+        table = read_table(tmp_path / "predictions.csv")
+        shares.append(sorted(zip(table["confidence"], table["true_confidence"], strict=True)))
+    np.testing.assert_allclose(shares[0], shares[1], atol=1e-5)
+
+
+def test_evaluations_use_no_kernels_picked_by_timing(run_eval, plain, tmp_path, monkeypatch):
+    # With cudnn.benchmark, two evaluations of a checkpoint differ in some photos.
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    flags = ["--checkpoint", plain.checkpoint, "--output-dir", tmp_path, "--num-gradcam", 0]
+    success(run_eval(*flags))
+    assert torch.backends.cudnn.benchmark is False
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def test_the_layer_of_the_maps_is_the_last_block_of_resnet50(
+    run_eval, real_network, gradcams, figures, tmp_path
+):
+    torch.save(RESNET50(num_classes=2).state_dict(), tmp_path / "resnet50.pth")
+    cars = write_dataset(tmp_path / "cars", rows(2), rows(1), [*"ab"])
+    flags = ["--checkpoint", tmp_path / "resnet50.pth", "--dataset", cars, "--num-gradcam", 1]
+    success(run_eval(*flags))
+    assert gradcams
+    for note in gradcams:
+        assert note.layers == [note.model.layer4[2]]
+        assert note.layers[0] is list(note.model.layer4)[-1]
+        assert note.cells == (2048, 7, 7)
+        assert note.heat.shape == (224, 224)
+    assert "7 × 7 cells" in figures[1].get_suptitle()
+
+
+def test_maps_equal_pytorch_grad_cam_of_the_predicted_class_and_wrong_titles_are_red(
+    run_eval, plain, gradcams, figures, tmp_path
+):
+    flags = ["--checkpoint", plain.checkpoint, "--output-dir", tmp_path, "--num-gradcam", 32]
+    success(run_eval(*flags))
+    predicted = plain.logits[:, 0].argmax(1).tolist()
+    assert sum(guess != label for guess, label in zip(predicted, plain.labels, strict=True)) >= 3
+    shown = rows_shown(figures[1], plain)
+    assert sorted(shown) == list(range(32))
+    assert len(gradcams) == 32 + len(panels(figures[2]))
+    for figure, notes in ((figures[1], gradcams[:32]), (figures[2], gradcams[32:])):
+        shown = rows_shown(figure, plain)
+        for panel, note, row in zip(panels(figure), notes, shown, strict=True):
+            is_right = predicted[row] == plain.labels[row]
+            assert note.target == predicted[row]
+            assert NAMES[plain.labels[row]] in panel.title.get_text()
+            assert NAMES[predicted[row]] in panel.title.get_text()
+            assert (panel.title.get_color() == "red") == (not is_right)
+            assert ("WRONG" in panel.title.get_text()) == (not is_right)
+    for note, row in zip(gradcams[:3], rows_shown(figures[1], plain), strict=False):
+        view = plain.views[6 * row][None]
+        cam = GradCAM(plain.model, [plain.model.layer4[-1]])
+        classes = [note.target, (note.target + 1) % 8]
+        theirs, of_another = [cam(view, [ClassifierOutputTarget(index)])[0] for index in classes]
+        np.testing.assert_allclose(note.heat, theirs, atol=2e-3)
+        assert np.abs(theirs - of_another).max() > 0.02, "the bound could not fail"
+
+
+def test_maps_keep_no_activations_of_early_layers(run_eval, plain, gradcams, tmp_path):
+    # At 448 px, those of ResNet-50 would fill the memory.
+    saved = []
+    hooks = (lambda value: saved.append(value.numel()) or value, lambda value: value)
+    flags = ["--checkpoint", plain.checkpoint, "--output-dir", tmp_path, "--num-gradcam", 1]
+    with torch.autograd.graph.saved_tensors_hooks(*hooks):
+        success(run_eval(*flags, "--resolution", 96))
+    assert gradcams
+    # The largest weights of the last block. Feature maps of the first two stages have more values.
+    assert 0 < max(saved) <= 2048 * 32 < 512 * 12 * 12
+
+
+def test_the_most_confident_error_of_each_of_the_five_worst_classes_is_shown(run_eval_on, figures):
+    # Class: photos that are recognized, and the logits of those that are taken for h.
+    classes = {
+        "a": (1, [5]),
+        "b": (1, [2, 3, 4, 1]),
+        "c": (2, [5]),
+        "d": (1, [3, 6, 2]),
+        "e": (3, [7]),
+        "f": (0, [1, 2]),
+        "g": (1, [4, 3]),
+    }
+    names = [*"abcdefgh"]
+    labels, logits = [], []
+    for label, (right, errors) in enumerate(classes.values()):
+        labels += [label] * (right + len(errors))
+        logits += [value * torch.eye(8)[7] for value in errors] + [8 * torch.eye(8)[label]] * right
+    success(run_eval_on(names, labels, torch.stack(logits), "--num-gradcam", 8))
+    titles = [panel.title.get_text() for panel in panels(figures[2])]
+    assert [re.search("true: (.)", title)[1] for title in titles] == [*"fbdga"]
+    for title, logit in zip(titles, (2, 4, 6, 4, 5), strict=True):
+        share = 100 * math.exp(logit) / (math.exp(logit) + 7)
+        assert float(re.search(r"([\d.]+)%", title)[1]) == pytest.approx(share, abs=0.1)
+
+
+def test_the_seed_picks_the_photos_of_the_maps(run_eval, plain, figures, tmp_path):
+    flags = ["--checkpoint", plain.checkpoint, "--output-dir", tmp_path, "--num-gradcam", 3]
+    shown = []
+    for seed in (1, 1, 2):
+        figures.clear()
+        success(run_eval(*flags, "--seed", seed))
+        shown.append(rows_shown(figures[1], plain))
+    assert shown[0] == shown[1]
+    assert set(shown[0]) != set(shown[2])
+    assert all(len(set(picked)) == 3 for picked in shown)
+
+
+def draw(figure: Figure, parts: list) -> np.ndarray:
+    """The pixels, once none of `parts` is found to be cut off or to lie over another."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    boxes = [each.get_tightbbox() for each in parts]
+    for index, box in enumerate(boxes):
+        assert all(figure.bbox.contains(*corner) for corner in (box.min, box.max))
+        assert not any(box.overlaps(other) for other in boxes[:index])
+    return np.asarray(canvas.buffer_rgba())
+
+
+@pytest.mark.parametrize("count", [1, 5, 16, pytest.param(100, marks=pytest.mark.slow)])
+def test_gradcam_titles_are_whole_and_apart(run_eval_on, figures, count):
+    names = [f"{LONG_NAME} {year}" for year in (2011, 2012)]
+    logits = torch.eye(2)[[1, 0] * count][:count]
+    success(run_eval_on(names, [0] * count, logits, "--num-gradcam", count))
+    figure = figures[1]
+    shown = panels(figure)
+    assert len(shown) == count
+    columns = {round(panel.axes.get_position().x0, 3) for panel in shown}
+    assert len(columns) == min(count, 4)
+    assert all(panel.title.get_text().count(LONG_NAME) == 2 for panel in shown)
+    note = figure.get_suptitle()
+    assert "GradCAM" in note
+    assert "2 × 2 cells" in note
+    assert "40 px" in note
+    # The box of a panel's axes holds its title.
+    draw(figure, [*(panel.axes for panel in shown), figure._suptitle])
+
+
+@pytest.mark.parametrize("count", [2, 8, pytest.param(196, marks=pytest.mark.slow)])
+def test_the_confusion_matrix_names_every_class_and_leaves_empty_cells_white(
+    run_eval_on, figures, count
+):
+    names = [f"{LONG_NAME} {index}" for index in range(count)]
+    # Each photo is taken for the next class, but for a second one of the first class.
+    labels = [*range(count), 0]
+    taken_for = [*np.arange(1, count + 1) % count, 0]
+    success(run_eval_on(names, labels, 5 * torch.eye(count)[taken_for], "--num-gradcam", 0))
+    matrix = np.eye(count)[taken_for[:-1]]
+    matrix[0, :2] = 0.5
+    axes, bar = figures[0].axes
+    tick_labels = [*axes.get_yticklabels(), *axes.get_xticklabels()]
+    assert [label.get_text() for label in tick_labels] == names * 2
+    assert "true" in axes.get_ylabel().lower()
+    assert "predicted" in axes.get_xlabel().lower()
+    assert "share" in bar.get_ylabel()
+    assert f"{1 / (count + 1):.2%}" in axes.get_title()
+    numbers = [float(text.get_text()) for text in axes.texts]
+    assert numbers == (matrix.flatten().tolist() if count <= 20 else [])
+    parts = [*tick_labels, axes.title, axes.xaxis.label, axes.yaxis.label, bar]
+    pixels = draw(figures[0], parts)
+    for row, column in ((0, 0), (0, 1), (1, 0), (1, 1), (count - 1, 0)):
+        # Beside the number of the cell.
+        x, y = axes.transData.transform((column + 0.4, row + 0.4))
+        is_white = (pixels[int(len(pixels) - y), int(x)] == 255).all()
+        assert is_white == (matrix[row, column] == 0)
+
+
+@pytest.mark.parametrize("failing", ["a drawing", "an older figure"])
+def test_a_figure_that_fails_costs_no_metrics(run_eval, plain, tmp_path, monkeypatch, failing):
+    flags = ["--checkpoint", plain.checkpoint, "--output-dir", tmp_path]
+    if failing == "an older figure":
+        (tmp_path / "confusion_matrix.png/that cannot be removed").mkdir(parents=True)
+        assert str(tmp_path / "confusion_matrix.png") in refusal(run_eval(*flags))
+    else:
+        monkeypatch.setattr(Figure, "savefig", mock.Mock(side_effect=MemoryError))
+        with pytest.raises(MemoryError):
+            run_eval(*flags)
+        assert not list(tmp_path.glob("*.png"))
+    assert read_metrics(tmp_path)["test"]["total"] == 32
+    tables = [read_table(tmp_path / name) for name in ("predictions.csv", "classes.csv")]
+    assert list(map(len, tables)) == [32, 8]
+
+
+# ---------------------------------------------------------------- somebody's own photos
+
+
 @pytest.mark.skipif(train.decode_image is None, reason="torchcodec cannot be loaded")
 def test_the_readmes_lines_name_a_photos_class(plain, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torchvision.models, "resnet50", small_resnet)
+    # torchvision.models.resnet50, which the lines import, is the small network.
     source = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     monkeypatch.chdir(tmp_path)
     shutil.copy(plain.checkpoint, tmp_path)
@@ -335,127 +596,98 @@ def test_the_readmes_lines_name_a_photos_class(plain, tmp_path, monkeypatch, cap
         assert NAMES[plain.logits[row, 0].argmax()] in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("tta", [False, True])
-@pytest.mark.parametrize("workers", [0, 1])
-def test_own_photos_are_decoded_once_in_batches_and_unreadable_ones_named_at_the_end(
-    run_eval, plain, tmp_path, monkeypatch, tta, workers
+@pytest.mark.parametrize("tta, workers", [(False, 1), (True, 0)])
+def test_own_photos_are_classified_in_batches_and_decoded_once(
+    run_eval, plain, figures, tmp_path, monkeypatch, tta, workers
 ):
     decode_photo = train.decode_photo
     log = tmp_path / "decoded"
-    log.touch()
 
-    def noting_decode_photo(encoded):
+    def noting_decode_photo(*args, **options):
+        (encoded,) = [value for value in args if isinstance(value, bytes)]
         with open(log, "a") as file:  # A worker is another process.
             file.write(f"{hash(encoded)}\n")
-        return decode_photo(encoded)
+        return decode_photo(*args, **options)
 
     monkeypatch.setattr(train, "decode_photo", noting_decode_photo)
-    text, fifo, empty, odd = [tmp_path / name for name in ("text.jpg", "fifo", "empty", "$_{.jpg")]
-    text.write_text("not a photo")
-    os.mkfifo(fifo)
-    empty.mkdir()
+    odd = tmp_path / "$x_{$.jpg"
     shutil.copy(plain.paths[20], odd)
-    bad = [text, fifo, empty, tmp_path / "missing.jpg"]
-    flags = ["--checkpoint", plain.checkpoint, "--output-dir", tmp_path, "--batch-size", 4]
-    flags += [*["--tta"] * tta, "--num-gradcam", 2, "--workers", workers, "--images", *bad]
-    lines = [refusal(run_eval(*flags))]
-    log.write_text("")
-    outcome = run_eval(*flags, odd, *plain.paths[21:24], plain.paths[24].parent)
-    for line in (*lines, refusal(outcome)):
-        assert all(str(path) in line for path in bad)
-        assert "cannot be decoded" in line
+    flags = ["--checkpoint", plain.checkpoint, "--output-dir", tmp_path, "--batch-size", 3]
+    flags += [*["--tta"] * tta, "--num-gradcam", 2, "--workers", workers]
+    photos = [odd, *plain.paths[21:24], plain.paths[24].parent]
+    out = success(run_eval(*flags, "--images", *photos))
     decoded = log.read_text().splitlines()
-    assert len(decoded) == len(set(decoded)) == 9
+    assert len(decoded) == len(set(decoded)) == 8
     top = (plain.logits.mean(1) if tta else plain.logits[:, 0])[20:28].softmax(1).topk(5)
     names = np.array(NAMES)[top.indices]
     table = read_table(tmp_path / "images.csv")
     assert list(table["path"]) == list(map(str, [odd, *plain.paths[21:28]]))
     np.testing.assert_array_equal(table.filter(like="class_"), names)
     np.testing.assert_allclose(table.filter(like="confidence_"), top.values, atol=1e-4)
-    assert re.findall(r"^ *[\d.]+%  (.+)$", outcome[1], re.MULTILINE) == names.flatten().tolist()
-    assert "GradCAM of 2 of 8 photos" in outcome[1]
+    # The names in their order, beside their shares.
+    printed = re.findall(r"([\d.]+)% +(.+)$", out, re.MULTILINE)
+    assert [name for _, name in printed] == names.flatten().tolist()
+    shares = [float(share) for share, _ in printed]
+    np.testing.assert_allclose(shares, 100 * top.values.flatten(), atol=0.02)
+    (figure,) = figures
+    assert rows_shown(figure, plain) == [20, 21]
+    for panel, path, name in zip(panels(figure), (odd, plain.paths[21]), names[:2, 0], strict=True):
+        title = panel.title.get_text()
+        assert name in title
+        assert path.name in title
+    draw(figure, [panel.axes for panel in panels(figure)])
     assert (tmp_path / "gradcam_images.png").is_file()
 
 
-def test_a_folder_that_cannot_be_read_is_one_line(run_eval, plain, tmp_path, monkeypatch):
-    error = PermissionError(13, "Permission denied")
-    monkeypatch.setattr(train, "find_photos", mock.Mock(side_effect=error))
-    flags = ["--checkpoint", plain.checkpoint, "--output-dir", tmp_path]
-    err = refusal(run_eval(*flags, "--images", tmp_path))
-    assert f"cannot read --images {tmp_path}: " in err
-
-
-def test_maps_are_of_the_predicted_class_and_wrong_ones_are_red(
-    run_eval, plain, tmp_path, monkeypatch
+@pytest.mark.xfail(strict=True, reason="fixed in the next commit")
+def test_own_photos_without_gradcam_get_their_classes_and_no_picture(
+    run_eval, plain, figures, tmp_path
 ):
-    targets = []
-    colors = []
-    grad_cam = evaluation.grad_cam
-    plot_grad_cam = evaluation.plot_grad_cam
-
-    def noting_grad_cam(network, crop, target):
-        targets.append(target)
-        return grad_cam(network, crop, target)
-
-    def noting_plot(crops, maps, panels):
-        colors.extend(panels["color"])
-        return plot_grad_cam(crops, maps, panels)
-
-    monkeypatch.setattr(evaluation, "grad_cam", noting_grad_cam)
-    monkeypatch.setattr(evaluation, "plot_grad_cam", noting_plot)
-    flags = ["--checkpoint", plain.checkpoint, "--output-dir", tmp_path, "--num-gradcam", 32]
-    success(run_eval(*flags))
-    table = read_table(tmp_path / "predictions.csv")
-    rows = pandas.Series(range(32)).sample(32, random_state=42)
-    shown = table.loc[rows]
-    assert targets[:32] == shown["predicted"].map(NAMES.index).tolist()
-    assert (shown["predicted"] != shown["true"]).sum() >= 3
-    wrong = (shown["predicted"] != shown["true"]).tolist()
-    assert [color == "red" for color in colors[:32]] == wrong
+    (tmp_path / "gradcam_images.png").write_bytes(b"of older photos")
+    flags = ["--checkpoint", plain.checkpoint, "--output-dir", tmp_path, "--num-gradcam", 0]
+    out = success(run_eval(*flags, "--images", *plain.paths[3:5]))
+    top = plain.logits[3:5, 0].topk(5).indices
+    names = np.array(NAMES)[top]
+    table = read_table(tmp_path / "images.csv")
+    np.testing.assert_array_equal(table.filter(like="class_"), names)
+    printed = re.findall(r"[\d.]+% +(.+)$", out, re.MULTILINE)
+    assert printed == names.flatten().tolist()
+    assert not (tmp_path / "gradcam_images.png").exists()
+    assert figures == []
 
 
-@pytest.mark.parametrize("count, titles", [(20, ["Classes"]), (21, ["Ten worst", "Ten best"])])
-def test_more_than_twenty_classes_are_shown_in_part(capsys, count, titles):
-    names = [f"class {index}" for index in range(count)]
-    table = {"class": names, "precision": 0.5, "recall": np.arange(count) / count, "f1-score": 0.5}
-    evaluation.print_classes(pandas.DataFrame({**table, "support": 3}))
-    out = capsys.readouterr().out
-    shown = re.findall(r"^(class \d+|Classes|Ten worst|Ten best)", out, re.MULTILINE)
-    expected = ["Classes", *names]
-    if count > 20:
-        expected = ["Ten worst", *names[:10], "Ten best", *names[:-11:-1]]
-    assert shown == expected
-    assert f"{0.5:.1%}" in out
-    assert out.count(", one view\n") == len(titles)
+@pytest.mark.parametrize("kind", ["not there", "an empty folder", "a damaged photo", "unreadable"])
+def test_a_path_that_cannot_be_classified_is_named(run_eval, plain, tmp_path, monkeypatch, kind):
+    path = tmp_path / "own.jpg"
+    scandir = os.scandir
+
+    def refusing_scandir(folder="."):
+        if Path(folder) == path:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(folder)
+
+    if kind == "a damaged photo":
+        path.write_bytes(plain.paths[0].read_bytes()[:300])
+    elif kind != "not there":
+        path.mkdir()
+    if kind == "unreadable":  # The superuser may read any folder.
+        monkeypatch.setattr(os, "scandir", refusing_scandir)
+    flags = ["--checkpoint", plain.checkpoint, "--output-dir", tmp_path]
+    assert str(path) in refusal(run_eval(*flags, "--images", path))
+    assert not list(tmp_path.glob("images.csv"))
 
 
-def test_top_5_needs_more_than_five_classes():
-    logits = torch.eye(5)
-    metrics = evaluation.compute_metrics(logits, torch.arange(5), [*"abcde"])
-    assert "top5" not in metrics
-    assert "top-5 accuracy" not in evaluation.summarize(metrics)
+# ---------------------------------------------------------------- flags and Ctrl-C
 
 
-@pytest.mark.parametrize("flags", ["--resolution 31", "--num-gradcam 101", "--images"])
-def test_usage_errors_end_with_a_line_and_status_2(run_eval, flags):
-    status, out, err = run_eval(*flags.split())
+@pytest.mark.parametrize(
+    "flags", ["--resolution 31", "--batch-size 0", "--seed -1", "--num-gradcam -1", "--images"]
+)
+def test_usage_errors_end_with_a_line_and_status_2(run_eval, plain, flags):
+    name, *value = flags.split()
+    status, out, err = run_eval("--checkpoint", plain.checkpoint, name, *value)
     assert (status, out) == (2, "")
-    assert flags.split()[0] in err.splitlines()[-1]
-
-
-@pytest.mark.parametrize("flags", ["--seed 4294967296", "--batch-size 0"])
-def test_a_flag_is_checked_before_the_work(run_eval, plain, tmp_path, flags):
-    name, value = flags.split()
-    status, out, err = run_eval("--checkpoint", plain.checkpoint, name, value)
-    assert (status, out) == (2, "")
-    assert f"argument {name}: {value} is not an integer of at least " in err
-
-
-def test_evaluations_use_no_kernels_picked_by_timing(run_eval, plain, tmp_path, monkeypatch):
-    # With cudnn.benchmark, two evaluations of a checkpoint differ in some photos.
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    success(run_eval("--checkpoint", plain.checkpoint, "--output-dir", tmp_path))
-    assert torch.backends.cudnn.benchmark is False
+    assert all(text in err.splitlines()[-1] for text in (name, *value))
 
 
 def test_ctrl_c_is_quiet(fork, plain, tmp_path):
@@ -469,25 +701,3 @@ def test_ctrl_c_is_quiet(fork, plain, tmp_path):
     status, _, err = process.end()
     assert (status, err) == (130, "")
     assert not any(is_running(worker) for worker in workers)
-
-
-def test_photos_in_folders_and_in_parquet_files_get_the_same_predictions(
-    run_eval, plain, trained, tmp_path
-):
-    # The classes stand in another order there, and the rows too.
-    folders = load(plain.checkpoint)
-    parquet = {**folders, "settings": {}}
-    names = train.load_split(train.find_splits(str(trained.cars), ["test"]), "test")
-    names = names.features["label"].names
-    parquet["classes"] = [names[NAMES.index(name)] for name in NAMES]
-    torch.save(parquet, tmp_path / "parquet.pth")
-    shares = []
-    for checkpoint, cars in (
-        (plain.checkpoint, plain.folder),
-        (tmp_path / "parquet.pth", trained.cars),
-    ):
-        flags = ["--checkpoint", checkpoint, "--dataset", cars, "--num-gradcam", 0]
-        success(run_eval(*flags, "--output-dir", tmp_path))
-        table = read_table(tmp_path / "predictions.csv")
-        shares.append(sorted(zip(table["confidence"], table["true_confidence"], strict=True)))
-    np.testing.assert_allclose(shares[0], shares[1], atol=1e-5)
