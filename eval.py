@@ -15,7 +15,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -29,20 +29,17 @@ from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.image import show_cam_on_image
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from scipy.stats import binomtest
-from sklearn.metrics import ConfusionMatrixDisplay, precision_recall_fscore_support
+from sklearn.metrics import (
+    ConfusionMatrixDisplay,
+    confusion_matrix,
+    precision_recall_fscore_support,
+)
 
 import train
 
 # center_crop's resize_at_224 for each view. Training evaluates the first one; TTA adds the others.
 VIEW_SIDES = (256, 224, 288)
 DEFAULT_BATCH_SIZE = 64 if train.DEVICE.type == "cuda" else 16
-MAKE_MODEL_YEAR = re.compile(r"\S+ .* (19|20)\d\d")
-# Titles of the kinds of errors in the report, by their names in metrics.json.
-ERROR_KINDS = {
-    "year_only": "wrong year, right model",
-    "same_make": "wrong model or body, right make",
-    "other_make": "wrong make",
-}
 
 # ---------------------------------------------------------------- flags
 
@@ -52,30 +49,30 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     # fmt: off
-    add("--checkpoint", type=train.path_type, default=Path("best_model.pth"),
+    add("--checkpoint", type=train.user_path, default=Path("best_model.pth"),
         help="checkpoint of train.py, or a state dict of its network (default: %(default)s)")
-    add("--dataset", type=train.dataset_type,
+    add("--dataset", type=train.path_or_name,
         help="name of a Hub dataset, or path of a folder (default: the run's)")
     add("--split", default="test",
         help="split to evaluate, such as val (default: %(default)s)")
-    add("--images", nargs="+", type=train.path_type, metavar="PATH",
+    add("--images", nargs="+", type=train.user_path, metavar="PATH",
         help="classify these photos, and those in these folders, instead of a split")
     add("--tta", action="store_true",
         help="also evaluate the mean logits of six views; with --images, only these")
-    add("--num-gradcam", type=train.number(int, 0, 100), default=16,
+    add("--num-gradcam", type=train.at_least(0), default=16,
         help="random photos to draw GradCAM maps of, and of the worst errors at most 5; 0 draws "
         "none and deletes older GradCAM pictures (default: %(default)s)")
-    add("--seed", type=train.number(int, 0, 2**32 - 1), default=42,
+    add("--seed", type=train.at_least(0), default=42,
         help="seed that picks the photos for GradCAM (default: %(default)s)")
-    add("--resolution", type=train.number(int, 32),
+    add("--resolution", type=train.at_least(32),
         help="side of the crops in pixels (default: the run's, else 224)")
-    add("--batch-size", type=train.number(int, 1), default=DEFAULT_BATCH_SIZE,
+    add("--batch-size", type=train.at_least(1), default=DEFAULT_BATCH_SIZE,
         help="photos per batch (default: %(default)s)")
-    add("--workers", type=train.number(int, 0), default=train.DEFAULT_WORKERS,
+    add("--workers", type=train.at_least(0), default=train.DEFAULT_WORKERS,
         help="processes that load photos (default: %(default)s)")
     add("--amp", action=argparse.BooleanOptionalAction,
         help="use mixed precision (default: as in the run)")
-    add("--output-dir", type=train.path_type,
+    add("--output-dir", type=train.user_path,
         help="folder for all files (default: that of the checkpoint)")
     # fmt: on
     return parser.parse_args(argv)
@@ -87,8 +84,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def load_network(state: dict[str, torch.Tensor]) -> torch.nn.Module:
     """Return train.NETWORK with the weights `state` on DEVICE, in evaluation mode.
 
-    Only the layer of GradCAM needs gradients, so the layers before it keep no activations. Raises
-    ValueError or RuntimeError for the weights of another network.
+    Only the layer of GradCAM needs gradients, so autograd stores no activations of earlier layers.
+    Raises ValueError or RuntimeError for the weights of another network.
     """
     bias = f"{train.NETWORK.head}.bias"
     if bias not in state:
@@ -97,78 +94,43 @@ def load_network(state: dict[str, torch.Tensor]) -> torch.nn.Module:
     network.load_state_dict(state)
     network.to(train.DEVICE, memory_format=torch.channels_last).eval()
     network.requires_grad_(False)
-    gradcam_layer(network).requires_grad_(True)
+    network.get_submodule(train.NETWORK.gradcam_layer).requires_grad_(True)
     return network
 
 
-def gradcam_layer(network: torch.nn.Module) -> torch.nn.Module:
-    return network.get_submodule(train.NETWORK.gradcam_layer)
-
-
-def crop_views(photo: torch.Tensor, resolution: int, tta: bool) -> torch.Tensor:
+def crop_views(args: argparse.Namespace, photo: torch.Tensor) -> torch.Tensor:
     """Return center crops of a (3, H, W) uint8 photo: (1, R, R, 3) uint8, with TTA (3, R, R, 3)."""
-    sides = VIEW_SIDES if tta else VIEW_SIDES[:1]
-    return torch.stack([train.center_crop(photo, resolution, side) for side in sides])
-
-
-def view_dataset(photos: datasets.Dataset, args: argparse.Namespace) -> train.CroppedPhotos:
-    """Return a dataset whose items are the views of a photo and its label."""
-    crop = functools.partial(crop_views, tta=args.tta)
-    return train.CroppedPhotos({args.split: photos}, {args.split: crop}, args.resolution)
-
-
-class OwnPhotos(train.CroppedPhotos):
-    """Views of photos without labels, for --images.
-
-    In place of a label, an item has the reason why its photo cannot be decoded, or "".
-    """
-
-    def __getitems__(self, indices: list[tuple[str, int, int]]) -> list[tuple[torch.Tensor, str]]:
-        items = []
-        for index in indices:
-            try:
-                views, _ = super().__getitems__([index])[0]
-                reason = ""
-            except train.InputError as error:
-                split = index[0]
-                black = torch.zeros(3, self.resolution, self.resolution, dtype=torch.uint8)
-                views = self.crops[split](black, self.resolution)
-                reason = str(error)
-            items.append((views, reason))
-        return items
+    sides = VIEW_SIDES if args.tta else VIEW_SIDES[:1]
+    return torch.stack([train.center_crop(args, photo, side) for side in sides])
 
 
 @torch.no_grad()
-def predict(network, photos: train.CroppedPhotos, args, autocast) -> Iterator[tuple]:
-    """Yield the views of each batch, their logits, and the labels (for OwnPhotos: the reasons).
+def predict(args, network: torch.nn.Module, views: train.CroppedPhotos) -> torch.Tensor:
+    """Return the logits of all photos: (1, N, classes) float32 on the CPU.
 
-    Views are (B, 1, R, R, 3) uint8, with TTA (B, 3, R, R, 3). Logits are (1, B, classes) float32 on
-    the CPU, with TTA (6, B, classes): the three views, then the same mirrored. Raises InputError if
-    logits are NaN or Inf.
+    An item of `views` is what crop_views returns. With TTA, the logits are (6, N, classes): those
+    of the three views, then of the same mirrored. Raises InputError for NaN or Inf.
     """
-    split = next(iter(photos.splits))
-    index_batches = train.eval_batches(split, len(photos.splits[split]), args.batch_size)
-    with train.open_loader(photos, index_batches, args.workers) as batches:
-        for views, labels in train.take_batches(batches, len(index_batches), f"{split} photos"):
-            crops = list(views.to(train.DEVICE, non_blocking=True).unbind(1))  # (B, R, R, 3) each
-            if args.tta:
-                crops += [crop.flip(2) for crop in crops]
-            with autocast:
-                logits = [network(train.move_and_normalize(crop)).float() for crop in crops]
-            logits = torch.stack(logits).cpu()
-            if not logits.isfinite().all():
-                raise train.InputError("the logits contain NaN or Inf: try --no-amp")
-            yield views, logits, labels
-
-
-def grad_cam(network: torch.nn.Module, crop: torch.Tensor, target: int) -> np.ndarray:
-    """Return the GradCAM map of (R, R, 3) uint8 for a class: (R, R) float32 in 0…1."""
-    images = train.move_and_normalize(crop[None])
-    cam = GradCAM(network, [gradcam_layer(network)])  # As a context, it would hide an IndexError.
-    return cam(images, [ClassifierOutputTarget(target)])[0]
+    all_logits = []
+    index_batches = train.eval_index_batches(len(views), args.batch_size)
+    loader = train.make_loader(views, index_batches, args.workers)
+    for batch, _ in train.show_progress(loader, f"{views.split} photos"):
+        crops = list(batch.to(train.DEVICE, non_blocking=True).unbind(1))  # (B, R, R, 3) each
+        if args.tta:
+            crops += [crop.flip(2) for crop in crops]
+        with train.mixed_precision(args):
+            logits = [network(train.move_and_normalize(crop)).float() for crop in crops]
+        all_logits.append(torch.stack(logits).cpu())
+    all_logits = torch.cat(all_logits, dim=1)
+    if not all_logits.isfinite().all():
+        raise train.InputError("the logits contain NaN or Inf: try --no-amp")
+    return all_logits
 
 
 # ---------------------------------------------------------------- metrics
+
+
+MAKE_MODEL_YEAR = re.compile(r"\S+ .* (19|20)\d\d")  # such as "Audi TT Hatchback 2011"
 
 
 def proportion(correct: torch.Tensor) -> dict:
@@ -289,7 +251,9 @@ def list_predictions(
     classes = np.array(photos.features["label"].names)
     labels = np.array(photos["label"][:])
     rows = np.arange(len(labels))
-    table = DataFrame({"row": rows, "file": train.photo_paths(photos), "true": classes[labels]})
+    # The paths alone: photos["image"] would read all photos.
+    files = photos.flatten().select_columns("image.path").with_format("arrow")[:][0].to_pylist()
+    table = DataFrame({"row": rows, "file": files, "true": classes[labels]})
     for prefix, logits in (("", one_view), ("tta_", six_views)):
         if logits is not None:
             confidences = logits.softmax(1).numpy()
@@ -311,14 +275,25 @@ def most_confident_errors(predictions: DataFrame, per_class: DataFrame) -> DataF
 # ---------------------------------------------------------------- report
 
 
-def print_classes(per_class: DataFrame):
-    """Print the worst and the best classes, or all of them if there are at most 20."""
-    tested = per_class.query("support > 0").sort_values("recall", kind="stable")
+# Titles of the kinds of errors in the report, by their names in metrics.json.
+ERROR_KINDS = {
+    "year_only": "wrong year, right model",
+    "same_make": "wrong model or body, right make",
+    "other_make": "wrong make",
+}
+
+
+def print_classes(classes: DataFrame):
+    """Print classes.csv: the worst and the best classes, or all if there are at most 20."""
+    names = {"recall": "accuracy", "tta_recall": "six views", "support": "photos"}
+    tested = classes.query("support > 0").sort_values("recall", kind="stable").rename(columns=names)
+    columns = ["class", "photos", "accuracy", "six views", "precision", "f1-score"]
+    tested = tested[[name for name in columns if name in tested]]
     if len(tested) <= 20:
-        print_table("Classes, one view", tested)
+        print_table("Classes, the lowest accuracy first (one view)", tested)
     else:
-        print_table("Ten worst classes, one view", tested.head(10))
-        print_table("Ten best classes, one view", tested.tail(10).iloc[::-1])
+        print_table("Ten classes of the lowest accuracy (one view)", tested.head(10))
+        print_table("Ten classes of the highest accuracy (one view)", tested.tail(10).iloc[::-1])
 
 
 def print_table(title: str, table: DataFrame):
@@ -340,7 +315,7 @@ def summarize(metrics: dict) -> dict[str, str]:
     if "top5" in metrics:
         summary["top-5 accuracy"] = format_proportion(metrics["top5"])
     summary["mean class accuracy"] = f"{metrics['mean_class_accuracy']:.2%}"
-    summary["loss"] = f"{metrics['loss']:.4f}"
+    summary["loss (cross-entropy)"] = f"{metrics['loss']:.4f}"
     summary["calibration error"] = f"{metrics['calibration_error']:.2%}"
     if "errors" in metrics:
         errors = metrics["errors"]
@@ -358,12 +333,8 @@ def format_proportion(metrics: dict) -> str:
     return f"{metrics['accuracy']:.2%} ({counts}, 95% CI {interval})"
 
 
-def print_report(metrics: dict, split: str):
-    """Print classes and confused pairs of one view, and the summary of one view and of six."""
-    print_classes(DataFrame(metrics[split]["per_class"]))
-    pairs = DataFrame(metrics[split]["confused_pairs"])
-    if len(pairs):
-        print_table("Most confused pairs, one view", pairs)
+def print_summary(metrics: dict, split: str):
+    """Print the figures of one view beside those of six, and what they mean."""
     columns = {"one view": summarize(metrics[split])}
     if "tta" in metrics:
         columns["six views"] = summarize(metrics["tta"])
@@ -371,27 +342,27 @@ def print_report(metrics: dict, split: str):
     for name in columns["one view"]:
         texts = "".join(f"{column[name]:<46}" for column in columns.values())
         print(f"{name:<36}{texts}".rstrip())
+    print("95% CI: Wilson interval; 95% of intervals built this way contain the true accuracy")
+    print("calibration error: mean difference between confidence and accuracy; 0% is the best")
     if "tta" in metrics:
-        change = (
-            "six views fixed {fixed} photos and broke {broke} (McNemar's test: p = {p_value:.2g})"
+        change = metrics["tta_change"]
+        print("six views: mean logits of center crops at three scales, each also mirrored")
+        print(
+            f"six views fixed {train.plural(change['fixed'], 'photo')} and broke {change['broke']} "
+            f"(McNemar's exact test: p = {change['p_value']:.2g} for such a difference by chance)"
         )
-        print(change.format(**metrics["tta_change"]))
-    print(f"{metrics['run']['photos_per_second']:.1f} photos/s\n")
+    print(f"{metrics['run']['photos_per_second']:.1f} photos/s, loaded and evaluated\n")
 
 
-def save(path: Path, write: Callable, **options):
-    """Write a file atomically with `write(file, **options)`, and print its path."""
-    train.atomic_write(path, functools.partial(write, **options))
-    print(f"wrote {path}")
+def save(file: Path, write: Callable, **options):
+    """Write a file atomically with `write(output, **options)`, and print its path."""
+    train.atomic_write(file, functools.partial(write, **options))
+    print(f"wrote {file}")
 
 
-def save_table(path: Path, table: DataFrame):
+def save_table(file: Path, table: DataFrame):
     # Without a byte order mark, Excel misreads non-ASCII text.
-    save(path, table.to_csv, index=False, encoding="utf-8-sig")
-
-
-def save_figure(path: Path, figure: Figure):
-    save(path, figure.savefig, format="png", dpi=100)
+    save(file, table.to_csv, index=False, encoding="utf-8-sig")
 
 
 # ---------------------------------------------------------------- pictures
@@ -399,78 +370,98 @@ def save_figure(path: Path, figure: Figure):
 
 @matplotlib.rc_context({"text.parse_math": False})  # A name with two $ is not a formula.
 def plot_confusion(predictions: DataFrame, classes: list[str], title: str) -> Figure:
-    """Plot how the photos of each true class are predicted, as shares (0…1); 0 is white."""
-    side = 0.16 * len(classes) + 6.5  # inches
+    """Plot how the photos of each true class are predicted: colours are shares, numbers photos.
+
+    Cells without a photo are white. Above 350 classes, there is no room for names and numbers.
+    """
+    counts = confusion_matrix(predictions["true"], predictions["predicted"], labels=classes)
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
+    has_room = len(classes) <= 350
+    side = 0.16 * len(classes) + 6.5 if has_room else 40  # inches
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
-    display = ConfusionMatrixDisplay.from_predictions(
-        predictions["true"],
-        predictions["predicted"],
-        labels=classes,
-        normalize="true",
-        include_values=len(classes) <= 20,
-        values_format=".2f",
+    display = ConfusionMatrixDisplay(shares, display_labels=classes if has_room else None)
+    display.plot(
+        include_values=False,
         xticks_rotation="vertical",
         cmap=matplotlib.colormaps["viridis_r"].with_extremes(under="white"),
         im_kw={"vmin": 1e-9, "vmax": 1},  # Only 0 is under vmin.
-        text_kw={"fontsize": 7},
         colorbar=False,
         ax=axes,
     )
+    if has_room:
+        size = 10 if len(classes) <= 30 else 6  # points
+        for row, column in np.argwhere(counts):
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(
+                column, row, counts[row, column], color=color, size=size, ha="center", va="center"
+            )
+    else:
+        axes.set(xticks=[], yticks=[])
     axes.set_title(title)
     axes.tick_params(labelsize=7)
     figure.colorbar(display.im_, ax=axes, label="share of the true class", shrink=0.8)
     return figure
 
 
+def grad_cam(network: torch.nn.Module, crop: torch.Tensor, target: int) -> np.ndarray:
+    """Return the GradCAM map of (R, R, 3) uint8 for a class: (R, R) float32 in 0…1."""
+    layer = network.get_submodule(train.NETWORK.gradcam_layer)
+    cam = GradCAM(network, [layer])  # As a context, it would hide an IndexError.
+    return cam(train.move_and_normalize(crop[None]), [ClassifierOutputTarget(target)])[0]
+
+
 @matplotlib.rc_context({"text.parse_math": False})
-def plot_grad_cam(crops: list, maps: list, panels: DataFrame) -> Figure:
+def plot_grad_cam(crops: list, maps: list, panels: list[dict]) -> Figure:
     """Plot each (R, R, 3) uint8 crop beside its (R, R) float32 map, four to a row.
 
-    `panels` has the columns "title" and "color".
+    A panel has a "title" and its "color".
     """
-    columns = min(4, len(crops))
-    rows = math.ceil(len(crops) / 4)
-    figure = Figure(figsize=(4.4 * columns, 2.85 * rows + 0.4), layout="constrained")  # inches
+    columns = min(4, len(panels))
+    rows = math.ceil(len(panels) / 4)
+    figure = Figure(figsize=(4.4 * columns, 3 * rows + 0.6), layout="constrained")  # inches
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid:
         axes.axis("off")
-    for axes, crop, heat, panel in zip(
-        grid[: len(crops)], crops, maps, panels.itertuples(), strict=True
-    ):
+    for axes, crop, heat, panel in zip(grid[: len(panels)], crops, maps, panels, strict=True):
         image = crop.numpy() / np.float32(255)
         overlay = show_cam_on_image(image, heat, use_rgb=True, image_weight=0.6)
         axes.imshow(np.concatenate([image, overlay / 255], axis=1))
-        axes.set_title(panel.title, fontsize=7, loc="left", color=panel.color)
+        axes.set_title(panel["title"], fontsize=7, loc="left", color=panel["color"])
     resolution = len(crops[0])
     cells = math.ceil(resolution / 32)
-    note = f"GradCAM of the predicted class: {cells} × {cells} cells, enlarged to {resolution} px"
-    figure.suptitle(note, fontsize=8, x=0.01, ha="left")
+    lines = [
+        "GradCAM: from blue to red, how much a region",
+        "speaks for the predicted class. Titles of errors are red.",
+        f"{cells} × {cells} cells, enlarged to {resolution} px",
+    ]
+    if cells < 4:
+        lines[-1] += ": too coarse to explain anything"
+    figure.suptitle("\n".join(lines), fontsize=8, x=0.01, ha="left")
     return figure
 
 
-def draw_grad_cam(path: Path, network: torch.nn.Module, crops: list, panels: DataFrame):
-    """Draw the maps of `crops` for the classes in the column "target" of `panels`."""
-    if not crops:
-        path.unlink(missing_ok=True)  # It shows the photos of an older evaluation.
+def draw_grad_cam(
+    file: Path, network: torch.nn.Module, views: train.CroppedPhotos, panels: list[dict]
+):
+    """Draw the maps of the first view of some photos.
+
+    A panel is a dict of the "row" of a photo in `views`, its "target" class, a "title" and its
+    "color". Without any, an older picture is deleted: it shows the photos of another evaluation.
+    """
+    if not panels:
+        file.unlink(missing_ok=True)
         return
-    targets = panels["target"]
-    maps = [grad_cam(network, crop, target) for crop, target in zip(crops, targets, strict=True)]
-    save_figure(path, plot_grad_cam(crops, maps, panels))
+    crops = [views[panel["row"], 0][0][0] for panel in panels]
+    maps = [
+        grad_cam(network, crop, panel["target"]) for crop, panel in zip(crops, panels, strict=True)
+    ]
+    save(file, plot_grad_cam(crops, maps, panels).savefig, format="png", dpi=100)
 
 
-def split_panels(predictions: DataFrame, classes: list[str]) -> DataFrame:
-    """Return `predictions` with the columns of GradCAM panels: title, color and target."""
-    titles = []
-    colors = []
-    for photo in predictions.itertuples():
-        is_correct = photo.true == photo.predicted
-        verdict = "correct" if is_correct else "WRONG"
-        names = f"true: {photo.true}\npredicted: {photo.predicted}"
-        titles.append(f"{names}\n{verdict}, confidence {photo.confidence:.1%}")
-        colors.append("black" if is_correct else "red")
-    targets = predictions["predicted"].map(classes.index)
-    return predictions.assign(title=titles, color=colors, target=targets)
+def photo_name(row: int, file: str | None) -> str:
+    """Return "row 12" and the end of the photo's path, if it has one."""
+    return f"row {row}, {file[-40:]}" if file else f"row {row}"
 
 
 # ---------------------------------------------------------------- the evaluation of a split
@@ -485,12 +476,14 @@ def load_evaluated_split(args: argparse.Namespace, checkpoint: dict) -> datasets
     classes = checkpoint.get("classes")
     fraction = checkpoint.get("settings", {}).get("val_split", 0)
     with train.reported_as(f"cannot load --dataset {args.dataset}"):
-        wanted = [args.split, "train"] if fraction and args.split == "val" else [args.split]
-        sources = train.find_splits(args.dataset, wanted)
+        sources = train.find_splits(args.dataset)
         if fraction and args.split in ("train", "val") and "val" not in sources:
-            parts = train.hold_out(train.load_split(sources, "train", classes), fraction)
-            if train.fingerprint(parts["val"]) != checkpoint.get("val_fingerprint"):
-                raise ValueError("other photos than in the run would be held out")
+            train_split = train.load_split(sources, "train", classes)
+            parts = train.hold_out(train_split, fraction)
+            if {name: len(part) for name, part in parts.items()} != checkpoint["num_photos"]:
+                raise ValueError(
+                    "it has another number of photos than the run, so others are held out"
+                )
             return parts[args.split]
         if args.split not in sources and "val" in sources:
             raise ValueError(
@@ -499,138 +492,127 @@ def load_evaluated_split(args: argparse.Namespace, checkpoint: dict) -> datasets
         return train.load_split(sources, args.split, classes)
 
 
-def evaluate_split(args, photos: datasets.Dataset, network, autocast, info: dict):
+def evaluate_split(args, photos: datasets.Dataset, network: torch.nn.Module, info: dict):
     """Print the report on a split, and write its metrics, tables and pictures."""
     classes = photos.features["label"].names
     labels = torch.tensor(photos["label"][:])
-    views = view_dataset(photos, args)
+    views = train.CroppedPhotos(photos, args.split, functools.partial(crop_views, args))
     start = time.perf_counter()
-    batches = predict(network, views, args, autocast)
-    logits = torch.cat([logits for _, logits, _ in batches], dim=1)
+    logits = predict(args, network, views)
     info["photos_per_second"] = len(photos) / (time.perf_counter() - start)
 
     one_view = logits[0]
     six_views = None
     metrics = {"run": info, args.split: compute_metrics(one_view, labels, classes)}
+    per_class = DataFrame(metrics[args.split]["per_class"])
+    pairs = DataFrame(metrics[args.split]["confused_pairs"])
     if args.tta:
         six_views = logits.mean(0)
         metrics["tta"] = compute_metrics(six_views, labels, classes)
         metrics["tta_change"] = compare_views(one_view, six_views, labels)
-    per_class = DataFrame(metrics[args.split]["per_class"])
+        per_class["tta_recall"] = DataFrame(metrics["tta"]["per_class"])["recall"]
     predictions = list_predictions(photos, one_view, six_views)
+    if args.tta:
+        tta_counts = predictions.value_counts(["true", "tta_predicted"])
+        pairs["six views"] = [
+            tta_counts.get((pair.true, pair.predicted), 0) for pair in pairs.itertuples()
+        ]
     folder = args.output_dir
     text = json.dumps(metrics, indent=2, ensure_ascii=False).encode()
-    save(folder / "metrics.json", lambda file: file.write(text))
+    save(folder / "metrics.json", lambda output: output.write(text))
     save_table(folder / "predictions.csv", predictions)
     save_table(folder / "classes.csv", per_class)
-    print_report(metrics, args.split)
+    print_classes(per_class)
+    if len(pairs):
+        print_table("Most confused pairs (one view)", pairs)
+    print_summary(metrics, args.split)
 
     title = f"{args.split} split, one view: accuracy {metrics[args.split]['accuracy']:.2%}"
-    save_figure(folder / "confusion_matrix.png", plot_confusion(predictions, classes, title))
-    count = min(args.num_gradcam, len(photos))
+    figure = plot_confusion(predictions, classes, title)
+    # "tight" cuts the empty bands beside the square matrix.
+    save(
+        folder / "confusion_matrix.png", figure.savefig, format="png", dpi=100, bbox_inches="tight"
+    )
+    num_maps = min(args.num_gradcam, len(photos))
     pictures = {
-        "gradcam_samples.png": predictions.sample(count, random_state=args.seed),
-        "gradcam_worst.png": most_confident_errors(predictions, per_class).head(count),
+        "gradcam_samples.png": predictions.sample(num_maps, random_state=args.seed),
+        "gradcam_worst.png": most_confident_errors(predictions, per_class).head(num_maps),
     }
     for name, shown in pictures.items():
-        items = [views[args.split, row, 0] for row in shown["row"]]
-        crops = [photo_views[0] for photo_views, _ in items]  # the first view
-        draw_grad_cam(folder / name, network, crops, split_panels(shown, classes))
+        panels = [panel_of(photo, classes) for photo in shown.itertuples()]
+        draw_grad_cam(folder / name, network, views, panels)
+
+
+def panel_of(photo, classes: list[str]) -> dict:
+    """Return the panel of draw_grad_cam for a row of predictions.csv."""
+    is_correct = photo.true == photo.predicted
+    lines = [
+        photo_name(photo.row, photo.file),
+        f"true: {photo.true}",
+        f"predicted: {photo.predicted}",
+        f"{'correct' if is_correct else 'WRONG'}, confidence {photo.confidence:.1%}",
+    ]
+    return {
+        "row": photo.row,
+        "target": classes.index(photo.predicted),
+        "title": "\n".join(lines),
+        "color": "black" if is_correct else "red",
+    }
 
 
 # ---------------------------------------------------------------- your own photos
 
 
-def find_images(paths: list[Path]) -> tuple[list[str], list[str]]:
-    """Return the photos that --images names, and what is wrong with the other paths.
+def find_images(paths: list[Path]) -> list[str]:
+    """Return the photos that --images names; a folder stands for the photos in it.
 
-    A folder stands for the photos in it. Raises InputError for a folder that cannot be read.
+    Raises InputError for a path that is not there, and for a folder without photos.
     """
-    photos = []
-    problems = []
+    images = []
     for path in paths:
+        found = [path]
         if path.is_dir():
             with train.reported_as(f"cannot read --images {path}"):
-                found, left_out = train.find_photos(path)
-            counts = "".join(f", {count} {reason}" for reason, count in left_out.items())
-            print(f"{path}: {len(found)} photos{counts}")
-            photos.extend(str(photo) for photo in found)
-            if not found:
-                problems.append(f"{path} (a folder without photos)")
-        elif path.is_file():
-            photos.append(str(path))
-        else:
-            problems.append(f"{path} (not a file or folder)")
-    return photos, problems
+                found = train.find_photos(path)
+            print(f"{path}: {train.plural(len(found), 'photo')}")
+        if not found or not path.exists():
+            raise train.InputError(f"--images {path}: no photo is there")
+        images.extend(str(image) for image in found)
+    return images
 
 
-def classify_images(args, paths: list[str], network, classes: list[str], autocast) -> list[str]:
+def classify_images(args, images: list[str], network: torch.nn.Module, classes: list[str]):
     """Print and write the five most likely classes of each photo, and draw GradCAM maps.
 
-    Returns what is wrong with the photos that cannot be decoded.
+    Raises InputError, which names the photo, for one that cannot be decoded.
     """
-    images = [{"bytes": None, "path": path} for path in paths]
-    photos = datasets.Dataset.from_dict({"image": images, "label": [0] * len(paths)})
-    crop = functools.partial(crop_views, tta=args.tta)
-    own_photos = OwnPhotos({"own": photos}, {"own": crop}, args.resolution)
-    first_views = []
-    all_logits = []
-    reasons = []
-    for views, logits, batch_reasons in predict(network, own_photos, args, autocast):
-        for view, reason in zip(views[:, 0], batch_reasons, strict=True):
-            if len(first_views) < args.num_gradcam and not reason:
-                first_views.append(view)
-        all_logits.append(logits.mean(0))
-        reasons.extend(batch_reasons)
-    problems = [reason for reason in reasons if reason]
-    decoded = [row for row, reason in enumerate(reasons) if not reason]
-    if not decoded:
-        return problems
-
-    probabilities = torch.cat(all_logits)[decoded].softmax(1)
+    columns = {
+        "image": [{"bytes": None, "path": path} for path in images],
+        "label": [0] * len(images),
+    }
+    photos = datasets.Dataset.from_dict(columns)
+    views = train.CroppedPhotos(photos, "--images", functools.partial(crop_views, args))
+    probabilities = predict(args, network, views).mean(0).softmax(1)
     top = probabilities.topk(min(5, len(classes)))
-    table = DataFrame({"path": [paths[row] for row in decoded]})
+    table = DataFrame({"path": images})
+    panels = []
     for place in range(top.indices.shape[1]):
         table[f"class_{place + 1}"] = [classes[index] for index in top.indices[:, place]]
         table[f"confidence_{place + 1}"] = top.values[:, place].numpy()
-    for path, indices, values in zip(table["path"], top.indices, top.values, strict=True):
+    for row, path in enumerate(images):
         print(f"\n{path}")
-        for index, value in zip(indices, values, strict=True):
-            print(f"{value:>9.2%}  {classes[index]}")
+        for index, confidence in zip(top.indices[row], top.values[row], strict=True):
+            print(f"{confidence:>9.2%}  {classes[index]}")
+        if row < args.num_gradcam:
+            best = top.indices[row, 0].item()
+            title = f"{photo_name(row, path)}\n{classes[best]}\nconfidence {top.values[row, 0]:.1%}"
+            panels.append({"row": row, "target": best, "title": title, "color": "black"})
     print()
     save_table(args.output_dir / "images.csv", table)
-
-    panels = table.head(len(first_views))
-    confidences = panels["confidence_1"].map("{:.1%}".format)
-    titles = panels["path"].str[-60:] + "\n" + panels["class_1"] + "\nconfidence " + confidences
-    targets = top.indices[: len(panels), 0].tolist()
-    panels = panels.assign(title=titles, color="black", target=targets)
-    draw_grad_cam(args.output_dir / "gradcam_images.png", network, first_views, panels)
-    print(f"GradCAM of {len(panels)} of {len(table)} photos (--num-gradcam)")
-    return problems
+    draw_grad_cam(args.output_dir / "gradcam_images.png", network, views, panels)
 
 
 # ---------------------------------------------------------------- main
-
-
-def checkpoint_line(path: Path, checkpoint: dict, chosen_on: str | None) -> str:
-    """Format the path of a checkpoint, its epoch, and how that was chosen."""
-    line = f"checkpoint  {path}"
-    if "epoch" in checkpoint:
-        line += f": epoch {checkpoint['epoch']}"
-    if "resolution" in checkpoint:
-        line += f", trained at {checkpoint['resolution']} px"
-    if chosen_on:
-        line += f", chosen on the {chosen_on} split ({checkpoint[f'{chosen_on}_accuracy']:.2%})"
-    return line
-
-
-def split_of_choice(checkpoint: dict) -> str | None:
-    """Return the split on which train.py chose the epoch; None for other checkpoints."""
-    for split in ("test", "val"):
-        if f"{split}_accuracy" in checkpoint:
-            return split
-    return None
 
 
 def main(argv: list[str] | None = None):
@@ -638,50 +620,53 @@ def main(argv: list[str] | None = None):
     args = parse_args(argv)
     if train.WORLD_SIZE > 1:
         raise train.InputError("start eval.py without torchrun: it uses one GPU")
+    checkpoint = train.read_checkpoint(args.checkpoint)
     if args.output_dir is None:
         args.output_dir = args.checkpoint.parent
     train.make_output_dir(args.output_dir)
-    checkpoint = train.read_checkpoint(args.checkpoint)
     if "settings" not in checkpoint:
-        # Of another program's checkpoint, only the weights are known to mean the same.
+        # From other programs' checkpoints, use the weights only.
         checkpoint = {"model": checkpoint["model"]}
     settings = checkpoint.get("settings", {})
-    chosen_on = split_of_choice(checkpoint)
+    splits = [split for split in ("test", "val") if f"{split}_accuracy" in checkpoint]
+    chosen_on = splits[0] if splits else None  # None for checkpoints other than best_model.pth
     if args.resolution is None:
         args.resolution = checkpoint.get("resolution", 224)
     if args.dataset is None:
         args.dataset = settings.get("dataset", train.DEFAULT_DATASET)
     if args.amp is None:
         args.amp = settings.get("amp", True)
-    print(checkpoint_line(args.checkpoint, checkpoint, chosen_on))
+    args.amp_dtype = settings.get("amp_dtype")
+    print(f"checkpoint  {args.checkpoint}")
+    if chosen_on:
+        accuracy = checkpoint[f"{chosen_on}_accuracy"]
+        epoch = f"epoch {checkpoint['epoch']}, trained at {checkpoint['resolution']} px"
+        print(f"            {epoch}, chosen on the {chosen_on} split ({accuracy:.2%})")
     train.set_up()
-    train.log_without_gpu("evaluating on the CPU")
-    precision = train.pick_precision(args.amp, settings.get("amp_dtype"))
-    autocast = train.autocast_to(precision)
-    print(f"device      {train.device_name()}, {train.precision_name(precision)}")
+    print(f"device      {train.device_name()}, {train.amp_dtype(args)}")
     print(f"resolution  {args.resolution} px")
     with train.reported_as(f"cannot load the network of {args.checkpoint}"):
         network = load_network(checkpoint["model"])
     num_outputs = len(checkpoint["model"][f"{train.NETWORK.head}.bias"])
 
     if args.images:
-        paths, problems = find_images(args.images)
         classes = checkpoint.get("classes", [f"class {index}" for index in range(num_outputs)])
-        if paths:
-            problems += classify_images(args, paths, network, classes, autocast)
-        if problems:
-            raise train.InputError(f"not classified: {'; '.join(problems)}")
+        classify_images(args, find_images(args.images), network, classes)
         return
 
     photos = load_evaluated_split(args, checkpoint)
     num_classes = photos.features["label"].num_classes
-    print(f"data        {args.dataset}: {len(photos)} {args.split} photos, {num_classes} classes")
+    counts = train.plural(len(photos), f"{args.split} photo")
+    print(f"data        {args.dataset}: {counts}, {num_classes} classes")
     if num_classes != num_outputs:
         counts = f"the checkpoint has {num_outputs} classes, and the dataset {num_classes}"
         raise train.InputError(f"{counts}: pass the right --dataset")
     if "classes" not in checkpoint:
-        print("warning     the checkpoint names no classes: assumed to be in the dataset's order")
-    if chosen_on == args.split and args.dataset == settings.get("dataset"):
+        print(
+            "warning     the checkpoint names no classes: assumed to be in the dataset's order; "
+            "if they are not, the accuracy is about that of guessing"
+        )
+    if chosen_on == args.split:
         print("note        the epoch was chosen on this split: its accuracy is a little optimistic")
     flags = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
     info = {
@@ -690,11 +675,11 @@ def main(argv: list[str] | None = None):
         "chosen_on": chosen_on,
         "split": args.split,
         "device": train.DEVICE.type,
-        "precision": str(precision),
+        "precision": str(train.amp_dtype(args)),
         "torch": torch.__version__,
         "flags": flags,
     }
-    evaluate_split(args, photos, network, autocast, info)
+    evaluate_split(args, photos, network, info)
 
 
 if __name__ == "__main__":

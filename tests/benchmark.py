@@ -16,6 +16,7 @@ photos from memory. Figures are medians (lowest–highest) of alternating measur
 import argparse
 import contextlib
 import csv
+import functools
 import importlib.util
 import itertools
 import statistics
@@ -184,10 +185,14 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.4g} ({min(values):.4g}–{max(values):.4g})"
 
 
-def batches_of(split: str, count: int) -> list[list]:
-    """Indices of the first `count` photos, in batches, for train.CroppedPhotos."""
-    indices = [(split, row, row) for row in range(count)]
-    return [indices[start : start + BATCH_SIZE] for start in range(0, count, BATCH_SIZE)]
+def our_loader(photos: datasets.Dataset, split: str, resolution: int, workers: int) -> DataLoader:
+    """What train.py and eval.py load from `photos`, in their order."""
+    args = argparse.Namespace(resolution=resolution)
+    crop = {"train": train.random_crop, "test": train.center_crop}[split]
+    cropped = train.CroppedPhotos(photos, split, functools.partial(crop, args))
+    indices = [(row, row) for row in range(len(photos))]
+    starts = range(0, len(photos), BATCH_SIZE)
+    return train.make_loader(cropped, [indices[s : s + BATCH_SIZE] for s in starts], workers)
 
 
 def print_row(what: str, resolution: int, ours: list[float], textbook: list[float]):
@@ -209,16 +214,12 @@ def input_rows(cars: dict, resolution: int, args: argparse.Namespace):
     """What a loader hands over, of both splits, with one worker and with two."""
     count = args.photos or 640
     cars = repeated(cars, count)
-    crops = {"train": train.random_crop, "test": train.center_crop}
-    photos = train.CroppedPhotos(cars, crops, resolution)
     for split, workers in itertools.product(cars, (1, 2)):
         textbook_batches = textbook_loader(cars, split, resolution, BATCH_SIZE, workers)
-        batches = batches_of(split, count)
         ours = []
         textbook = []
         for _ in range(args.repeats):
-            with train.open_loader(photos, batches, workers) as our_batches:
-                ours.append(input_rate(our_batches))
+            ours.append(input_rate(iter(our_loader(cars[split], split, resolution, workers))))
             textbook.append(input_rate(iter(textbook_batches)))
         print_row(f"{split} input, workers: {workers}", resolution, ours, textbook)
 
@@ -233,11 +234,10 @@ def is_installed(package: str) -> bool:
 def peer_row(cars: dict, resolution: int, args: argparse.Namespace):
     """Train crops of this program, timm and DALI, each with one worker or thread."""
     photos = repeated(cars, args.photos or 640)["train"]
-    ours = train.CroppedPhotos({"train": photos}, {"train": train.random_crop}, resolution)
     rates = {}
     for _ in range(args.repeats):
-        with train.open_loader(ours, batches_of("train", len(photos)), 1) as batches:
-            rates.setdefault("this program", []).append(input_rate(batches))
+        batches = iter(our_loader(photos, "train", resolution, 1))
+        rates.setdefault("this program", []).append(input_rate(batches))
         if is_installed("timm"):
             batches = iter(timm_loader(photos, resolution, 1))
             rates.setdefault("timm", []).append(input_rate(batches))
@@ -274,7 +274,7 @@ def run_rows(cars: dict, resolution: int, args: argparse.Namespace):
         for _ in range(args.repeats):
             events = []
             with noting("evaluate", events), noting("move_and_normalize", events):
-                flags = [*recipe.split(), *precision, "--epochs", "3"]
+                flags = [*recipe.split(), *precision, "--epochs", "3", "--dataset", args.dataset]
                 train.main([*flags, "--overwrite", "--output-dir", folder])
             with open(Path(folder) / "history.csv", newline="") as file:
                 last = list(csv.DictReader(file))[-1]
@@ -309,7 +309,7 @@ def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     # fmt: off
     add = parser.add_argument
-    add("--dataset", default=train.DEFAULT_DATASET, help="as for train.py (%(default)s)")
+    add("--dataset", type=train.path_or_name, default=train.DEFAULT_DATASET, help="as for train.py (%(default)s)")
     add("--resolution", type=int, nargs="+", default=[224, 448], help="of the crops (224 448)")
     add("--photos", type=int,
         help="behind a figure (640 of input; in an epoch 8144, without CUDA 64 or, at 448 px, 16)")
@@ -318,9 +318,9 @@ def main(argv: list[str] | None = None):
     add("--repeats", type=int, default=3, help="measurements behind each median (%(default)s)")
     # fmt: on
     args = parser.parse_args(argv)
-    sources = train.find_splits(args.dataset, ["train", "test"])
+    sources = train.find_splits(args.dataset)
     cars = {split: train.load_split(sources, split) for split in ("train", "test")}
-    precision = train.pick_precision(args.amp, None)
+    precision = train.amp_dtype(argparse.Namespace(amp=args.amp, amp_dtype=None))
     print(f"{train.DEVICE.type}, {precision} beside float32, {train.DEFAULT_WORKERS} workers")
     print(f"torch {torch.__version__}, medians of {args.repeats} (lowest–highest)\n")
     for resolution in args.resolution:

@@ -8,6 +8,7 @@ import shutil
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import huggingface_hub
@@ -146,7 +147,6 @@ REFUSED = {
     "label -1": (put("label", 2, -1), ["row 2", "label -1"]),
     "label 2 of 2": (put("label", 2, 2), ["row 2", "label 2"]),
     "label None": (put("label", 2, None), ["row 2", "label None"]),
-    "photo None": (put("image", 1, None), ["train", "row 1 "]),
     "photo without bytes": (
         put("image", 1, {"bytes": None, "path": None}),
         ["train", "row 1 "],
@@ -201,6 +201,24 @@ def test_a_photo_on_which_a_decoder_fails_with_any_error_is_named(
     assert "TypeError: a damaged file" in said
 
 
+def test_a_decoders_reason_is_said_once(run_train, tmp_path, monkeypatch):
+    photos = [*rows(7), (b"not a photo", 1)]
+    write_dataset(tmp_path / "cars", photos, rows(4), ["a", "b"])
+    decode_photo = train.decode_photo
+
+    def fail(encoded):
+        if encoded == b"not a photo":
+            raise KeyError("bad magic")
+        return decode_photo(encoded)
+
+    monkeypatch.setattr(train, "decode_photo", fail)
+    flags = ["--dataset", tmp_path / "cars", "--output-dir", tmp_path / "run"]
+    err = refusal(run_train(*flags))
+    assert "the train photo in row 7" in err
+    assert err.count("bad magic") == 1
+    assert err == refusal(run_train(*flags, "--workers", 1))
+
+
 NO_PHOTOS = {
     "empty": b"",
     "cut off": encode(upright().resize((600, 400)))[:3000],
@@ -249,6 +267,14 @@ def test_the_files_of_a_split_are_read_in_their_order(tmp_path, train_on, evalua
     success(evaluate_run())
     labels = [photo["true"] for photo in read_predictions(tmp_path / "report")]
     assert labels == ["b", "a", "a"]
+
+
+def test_parquet_files_of_one_split_with_other_class_names_are_refused(run_train, tmp_path):
+    for index, names in enumerate((["a", "b"], ["b", "a"])):
+        write_dataset(tmp_path / f"{index}", rows(4), rows(4), names)
+    shutil.copy(tmp_path / "1/data/train-0.parquet", tmp_path / "0/data/train-1.parquet")
+    err = refusal(run_train("--dataset", tmp_path / "0", "--output-dir", tmp_path / "run"))
+    assert "align" in err and "label" in err
 
 
 def test_files_of_a_split_with_and_without_class_names_are_refused(tmp_path, train_on):
@@ -379,11 +405,27 @@ def test_a_share_of_each_class_is_held_out_and_the_test_split_is_not_read(
     assert str(many) in refusal(evaluate_run("--split", "val"))
 
 
-def test_a_class_of_one_photo_cannot_be_divided(many, train_on):
-    write_folders(many, "Tank/0.jpg")
-    said = refusal(train_on(many, "--val-split", 0.3))
-    assert "--val-split" in said
-    assert "Tank" in said
+def test_classes_too_small_for_a_val_split_are_counted_and_named(run_train, tmp_path):
+    photos = [(jpeg(row), max(0, row - 4)) for row in range(8)]
+    write_dataset(tmp_path / "cars", photos, photos, ["many", "one", "two", "three"])
+    flags = ["--dataset", tmp_path / "cars", "--val-split", 0.5, "--output-dir", tmp_path / "run"]
+    err = refusal(run_train(*flags))
+    assert "--val-split" in err and "3 of 4" in err and "one, two, three" in err
+
+
+def test_a_line_counts_the_classes_without_a_val_photo(train_on, tmp_path):
+    photos = [(jpeg(row), min(row // 8, 2)) for row in range(18)]  # 8, 8 and 2
+    folder = write_dataset(tmp_path / "cars", photos, photos, ["a", "b", "c"])
+    assert "1 of 3 classes have no val photo" in success(train_on(folder, "--val-split", 0.17))
+
+
+def test_val_photos_that_would_be_other_ones_are_not_evaluated(train_on, tmp_path, evaluate_run):
+    photos = rows(16)
+    folder = write_dataset(tmp_path / "cars", photos, photos, ["a", "b"])
+    success(train_on(folder, "--val-split", 0.25))
+    shutil.rmtree(folder)
+    write_dataset(folder, photos[:14], photos, ["a", "b"])
+    assert "number of photos" in refusal(evaluate_run("--split", "val"))
 
 
 @pytest.mark.parametrize("layout, name", [("folders", "valid"), ("parquet", "validation")])
@@ -413,13 +455,11 @@ def test_two_val_splits_are_refused_by_their_names(many, train_on):
     assert "valid" in said
 
 
-def test_a_run_that_chose_on_the_test_split_does_so_when_a_val_split_appears(
-    folders, train_on, tmp_path
-):
+def test_a_run_that_chose_on_the_test_split_does_not_go_on_with_a_val_split(folders, train_on):
     success(train_on(folders))
     shutil.copytree(folders / "test", folders / "val")
-    success(train_on(folders, "--resume", "--epochs", 2))
-    assert [*read_history(tmp_path / "run")[1]].count("test_accuracy") == 1
+    err = refusal(train_on(folders, "--resume", "--epochs", 2))
+    assert "8 test photos" in err and "8 val photos" in err
 
 
 # ---------------------------------------------------------------- class names
@@ -579,6 +619,18 @@ def test_processes_that_ask_at_once_download_each_file_once(cars, tmp_path, rank
     assert sorted(fetched) == sorted(FILES)
 
 
+def test_a_name_is_looked_up_on_the_hub_which_is_said_first_and_a_resumed_run_does_so(
+    tmp_path, train_from
+):
+    hub = write_dataset(tmp_path / "hub", rows(8), rows(4), ["a", "b"])
+    with stand_in_hub(hub, "somebody/cars", "main") as (url, _):
+        out = success(train_from(url, "somebody/cars"))
+        assert "somebody/cars is not a folder here: asking the Hugging Face Hub" in out
+        with turned_to(url, tmp_path / "cache"):
+            train.main(["--resume", "--epochs", "2", "--output-dir", str(tmp_path / "run")])
+    assert len(read_history(tmp_path / "run")) == 2
+
+
 # ---------------------------------------------------------------- decoding
 
 
@@ -677,11 +729,11 @@ def test_a_phones_heic_photo_is_upright_rgb():
 
 
 def crop_for_training(photo: torch.Tensor, resolution: int) -> torch.Tensor:
-    return train.random_crop(photo, resolution)
+    return train.random_crop(SimpleNamespace(resolution=resolution), photo)
 
 
 def crop_for_evaluation(photo: torch.Tensor, resolution: int, side: int) -> torch.Tensor:
-    return train.center_crop(photo, resolution, resize_at_224=side)
+    return train.center_crop(SimpleNamespace(resolution=resolution), photo, resize_at_224=side)
 
 
 @pytest.mark.parametrize("size", [(60, 40), (640, 427), (333, 500), (73, 64), (11, 300)])

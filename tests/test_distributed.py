@@ -133,11 +133,11 @@ def test_recipe_three_processes_train_the_weights_that_one_trains_and_end_withou
             assert row[name] == pytest.approx(expected[name], rel=1e-4)
 
 
-@pytest.mark.parametrize("batch_size, reason", [(9, "multiple"), (2, "batch norm")])
+@pytest.mark.parametrize("batch_size, reason", [(9, "2 processes"), (2, "batch norm needs 4")])
 def test_batches_that_two_processes_cannot_share_are_refused(ranks, tmp_path, batch_size, reason):
     for outcome in ranks(2, "--batch-size", batch_size, "--output-dir", tmp_path):
         err = refusal(outcome)
-        for words in (f"--batch-size {batch_size}", "2 processes", reason):
+        for words in (f"--batch-size {batch_size}", reason):
             assert words in err
 
 
@@ -272,6 +272,32 @@ def test_ctrl_c_ends_all_processes(fork, cars, tmp_path):
     assert "--resume" in first[1].splitlines()[-1]
     assert second[0] in (1, 130)  # It may meet the end of the first one in a collective.
     assert len(read_history(tmp_path / "run")) >= 1
+
+
+@contextlib.contextmanager
+def other_flags_in_the_second_process(*flags: str):
+    if own_rank() == 1:
+        sys.argv += flags
+    yield
+
+
+def test_processes_with_other_flags_are_refused_before_a_file_is_written(ranks, tmp_path):
+    inside = functools.partial(other_flags_in_the_second_process, "--seed", "5")
+    for outcome in ranks(2, "--epochs", 1, "--output-dir", tmp_path / "run", inside=inside):
+        assert "differ in flags" in refusal(outcome)
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_process_that_finds_no_checkpoint_is_refused(ranks, run_train, tmp_path):
+    success(run_train("--epochs", 1, "--output-dir", tmp_path / "run"))
+    before = load(tmp_path / "run/last_checkpoint.pth")["epoch"]
+    inside = functools.partial(
+        other_flags_in_the_second_process, "--output-dir", str(tmp_path / "elsewhere")
+    )
+    flags = ["--epochs", 2, "--resume", "--output-dir", tmp_path / "run"]
+    for outcome in ranks(2, *flags, inside=inside):
+        assert "last_checkpoint.pth" in refusal(outcome)
+    assert load(tmp_path / "run/last_checkpoint.pth")["epoch"] == before
 
 
 # ---------------------------------------------------------------- torchrun itself

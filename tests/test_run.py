@@ -26,6 +26,7 @@ from draw_cars import draw_cars
 from files import (
     assert_same_run,
     assert_same_weights,
+    jpeg,
     load,
     read_folder,
     read_history,
@@ -175,6 +176,26 @@ def test_a_terminal_shows_a_bar_with_the_epoch(run_train, tmp_path, monkeypatch)
     assert "\repoch 1/1 test:" in err
 
 
+def test_the_command_that_comes_next_works_without_a_test_split(run_train, run_eval, tmp_path):
+    write_dataset(tmp_path / "cars", photo_rows(16), photo_rows(4), ["a", "b"])
+    (tmp_path / "cars/data/test-0.parquet").unlink()
+    flags = ["--dataset", tmp_path / "cars", "--val-split", 0.25, "--output-dir", tmp_path / "run"]
+    out = success(run_train(*flags, "--epochs", 1))
+    command = out.splitlines()[-1].partition("eval.py ")[2].split()
+    assert command[command.index("--split") + 1] == "val"
+    assert "of 4, " in success(run_eval(*command, "--num-gradcam", 0))
+
+
+def test_a_single_photo_and_epoch_are_not_plural(run_train, run_eval, tmp_path):
+    write_dataset(tmp_path / "cars", photo_rows(8), photo_rows(1), ["a", "b"])
+    flags = ["--dataset", tmp_path / "cars", "--epochs", 1, "--output-dir", tmp_path / "run"]
+    out = success(run_train(*flags, "--batch-size", 8))
+    for words in ("8 train and 1 test photo,", "1 step per epoch", "trained 1 epoch in"):
+        assert words in out
+    flags = ["--checkpoint", tmp_path / "run/best_model.pth", "--num-gradcam", 0]
+    assert "1 test photo," in success(run_eval(*flags))
+
+
 # ---------------------------------------------------------------- what is written
 
 
@@ -300,7 +321,7 @@ def test_minutes_are_wall_clock_with_saving_and_add_up_over_restarts(
     for epochs in (1, 2, 3):
         flags = ["--output-dir", tmp_path, "--resume", "--epochs", epochs]
         out = success(run_train(*flags))
-        minutes = float(re.search(rf"{epochs} epochs in ([\d.]+) min", out)[1])
+        minutes = float(re.search(rf"{epochs} epochs? in ([\d.]+) min", out)[1])
         # Ten for each epoch, and one for each file that was written in the meantime.
         assert 10 * epochs + 1 <= minutes <= 10 * epochs + len(written)
 
@@ -372,6 +393,69 @@ def test_a_run_that_fails_before_it_saves_an_epoch_leaves_the_folder_free(
     success(run_train("--output-dir", tmp_path, "--epochs", 1, "--batch-size", 4))
 
 
+def test_after_a_kill_in_the_first_epoch_the_corrected_command_just_runs(
+    run_train, fork, cars, tmp_path
+):
+    flags = ["--dataset", cars, *SMALL, "--epochs", 1, "--output-dir", tmp_path / "run"]
+    status, _, err = fork("train.py", *flags, inside=functools.partial(killed_at_write, 1)).end()
+    assert status == -signal.SIGKILL, err
+    success(run_train("--epochs", 1, "--lr", 0.003, "--output-dir", tmp_path / "run"))
+    assert load(tmp_path / "run/last_checkpoint.pth")["settings"]["lr"] == 0.003
+
+
+def test_after_a_bad_photo_the_corrected_command_just_runs(run_train, tmp_path):
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            folder = tmp_path / "cars" / split / name
+            folder.mkdir(parents=True)
+            for row in range(4):
+                (folder / f"{row}.jpg").write_bytes(jpeg(row))
+    bad = tmp_path / "cars/train/a/0.jpg"
+    bad.write_bytes(b"not a photo")
+    flags = ["--dataset", tmp_path / "cars", "--epochs", 1, "--output-dir", tmp_path / "run"]
+    assert str(bad) in refusal(run_train(*flags))
+    bad.unlink()
+    success(run_train(*flags, "--batch-size", 7))
+
+
+@pytest.mark.parametrize("flags", [[], ["--resume"]])
+def test_of_two_runs_that_start_in_one_folder_the_second_to_save_is_refused(
+    run_train, tmp_path, monkeypatch, flags
+):
+    build_network = train.build_network
+    first = {}
+
+    def start_another(*args):
+        monkeypatch.setattr(train, "build_network", build_network)
+        success(run_train("--epochs", 1, "--output-dir", tmp_path))
+        first.update(read_folder(tmp_path))
+        return build_network(*args)
+
+    monkeypatch.setattr(train, "build_network", start_another)
+    err = refusal(run_train("--epochs", 2, "--lr", 0.003, "--output-dir", tmp_path, *flags))
+    assert str(tmp_path) in err
+    assert "another --output-dir" in err
+    assert read_folder(tmp_path) == first
+
+
+def test_best_model_alone_is_neither_resumed_nor_overwritten_unasked(run_train, finished, tmp_path):
+    shutil.copy(finished / "best_model.pth", tmp_path)
+    before = read_folder(tmp_path)
+    flags = ["--epochs", 1, "--output-dir", tmp_path]
+    assert "best_model.pth" in refusal(run_train(*flags))
+    err = refusal(run_train(*flags, "--resume"))
+    assert "best_model.pth" in err and "last_checkpoint.pth" in err
+    assert read_folder(tmp_path) == before
+    success(run_train(*flags, "--overwrite"))
+
+
+def test_files_of_results_alone_do_not_hinder_a_run(run_train, finished, tmp_path):
+    for name in ("settings.json", "history.csv"):
+        shutil.copy(finished / name, tmp_path)
+    success(run_train("--epochs", 1, "--output-dir", tmp_path))
+    assert len(read_history(tmp_path)) == 1
+
+
 # ---------------------------------------------------------------- resuming
 
 
@@ -407,7 +491,7 @@ def test_a_finished_run_says_so_and_ends_without_loading_photos(old, capfd, epoc
     train.main([*flags, "--epochs", str(epochs)])
     out = capfd.readouterr().out
     assert "nothing to train" in out
-    assert f"--epochs {epochs}" in out and "2 epochs are done" in out
+    assert f"--epochs {epochs}" in out and "2 epochs done" in out
     best = max(row["test_accuracy"] for row in read_history(old))
     assert f"{best:.2%}" in out and str(old / "best_model.pth") in out
     assert_same_weights(load(old / "last_checkpoint.pth")["model"], weights)
@@ -453,6 +537,24 @@ def test_resume_refuses_other_settings_and_other_photos(run_train, old, tmp_path
     err = refusal(run_train(*flags, "--dataset", tmp_path / "cars"))
     for words in ("--dataset", "16 train", "24 train"):
         assert words in err
+
+
+def test_an_edited_network_or_optimizer_is_told_from_the_runs(
+    run_train, finished, tmp_path, monkeypatch
+):
+    flags = ["--resume", "--step-size", 1, "--epochs", 3, "--output-dir", tmp_path / "run"]
+    shutil.copytree(finished, tmp_path / "run")
+    before = load(tmp_path / "run/last_checkpoint.pth")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            train, "build_optimizer", lambda args, network: torch.optim.AdamW(network.parameters())
+        )
+        assert "build_optimizer" in refusal(run_train(*flags))
+    with monkeypatch.context() as patch:
+        patch.setattr(train.NETWORK, "build", lambda num_classes: small_resnet(num_classes + 1))
+        assert "NETWORK" in refusal(run_train(*flags))
+    assert load(tmp_path / "run/last_checkpoint.pth")["epoch"] == before["epoch"]
+    success(run_train(*flags))
 
 
 # ---------------------------------------------------------------- kills
@@ -572,7 +674,7 @@ def test_ctrl_c_finishes_what_is_written_says_how_to_continue_and_leaves_no_proc
 ):
     process = long_run(inside=slow_writes)
     workers = children(process.pid)
-    assert len(workers) == 2
+    assert len(workers) == 4  # two for each split
     os.killpg(process.pid, signal.SIGINT)  # A terminal sends it to the workers too.
     status, out, err = process.end()
     assert (status, err) == (130, "")
@@ -751,7 +853,7 @@ def test_workers_start_by_fork_on_linux_whatever_the_default(long_run):
     process = long_run(inside=forkserver_by_default)
     commands = [Path(f"/proc/{pid}/cmdline").read_text() for pid in children(process.pid)]
     # A forked process has the command line of its parent.
-    assert commands == [Path(f"/proc/{process.pid}/cmdline").read_text()] * 2
+    assert commands == [Path(f"/proc/{process.pid}/cmdline").read_text()] * 4
 
 
 @pytest.mark.slow

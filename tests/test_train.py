@@ -33,15 +33,15 @@ FLOAT16 = ["--amp", "--amp-dtype", "float16"]
 
 
 def lr_factor(args: SimpleNamespace, epochs_done: int) -> float:
-    return train.lr_factor(args, epochs_done + 1)
+    return train.lr_factor(args, epochs_done)
 
 
 def build_optimizer(args: SimpleNamespace, network: torch.nn.Module) -> torch.optim.Optimizer:
-    return train.build_optimizer(network, args)
+    return train.build_optimizer(args, network)
 
 
 def center_crop(args: SimpleNamespace, photo: torch.Tensor) -> torch.Tensor:
-    return train.center_crop(photo, args.resolution)
+    return train.center_crop(args, photo)
 
 
 def at_build(monkeypatch, change: Callable):
@@ -344,6 +344,73 @@ def test_weights_that_are_not_finite_end_the_run_and_leave_no_files(run_train, t
     assert not list(tmp_path.iterdir())
 
 
+def test_an_optimizer_of_the_head_alone_trains_the_head_alone(run_train, tmp_path, monkeypatch):
+    build = train.build_optimizer
+
+    def build_for_head(args, network):
+        return build(args, network.fc)
+
+    monkeypatch.setattr(train, "build_optimizer", build_for_head)
+    flags = ["--lr", 0.1, "--output-dir", tmp_path, "--resume", "--epochs"]
+    success(run_train(*flags, 1))
+    success(run_train(*flags, 2))
+    torch.manual_seed(0)
+    start = train.build_network("none", 8).state_dict()
+    for name, value in load(tmp_path / "last_checkpoint.pth")["model"].items():
+        is_trained = name.startswith("fc.") or "running" in name or "tracked" in name
+        assert torch.equal(value, start[name]) is not is_trained, name
+
+
+def test_the_learning_rate_may_change_in_each_step_and_a_resumed_run_takes_the_same(
+    run_train, tmp_path, monkeypatch
+):
+    def adamw(args, network):
+        return torch.optim.AdamW(network.parameters(), lr=args.lr)
+
+    def warm_up_and_cosine(args, epochs_done):
+        return min(1, 2 * epochs_done) * (1 + math.cos(math.pi * epochs_done / args.epochs)) / 2
+
+    rates = []
+    step = torch.optim.AdamW.step
+
+    def noting_step(optimizer, *args):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, *args)
+
+    monkeypatch.setattr(train, "build_optimizer", adamw)
+    monkeypatch.setattr(train, "lr_factor", warm_up_and_cosine)
+    monkeypatch.setattr(torch.optim.AdamW, "step", noting_step)
+    flags = ["--lr", 0.001, "--epochs", 3, "--output-dir"]
+    success(run_train(*flags, tmp_path / "unbroken"))
+    # Two steps an epoch.
+    args = SimpleNamespace(epochs=3)
+    expected = [0.001 * warm_up_and_cosine(args, half / 2) for half in range(6)]
+    assert rates == pytest.approx(expected)
+    assert [row["lr"] for row in read_history(tmp_path / "unbroken")] == pytest.approx(
+        expected[::2]
+    )
+
+    rates.clear()
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda *args: 1 / 0 if len(rates) == 4 else noting_step(*args)
+    )
+    with pytest.raises(ZeroDivisionError):
+        run_train(*flags, tmp_path / "resumed")
+    monkeypatch.setattr(torch.optim.AdamW, "step", noting_step)
+    rates.clear()
+    success(run_train(*flags, tmp_path / "resumed", "--resume"))
+    assert rates == pytest.approx(expected[4:])
+    assert_same_run(tmp_path / "unbroken", tmp_path / "resumed")
+
+
+def test_weights_with_nan_name_the_remedies(run_train, tmp_path):
+    flags = ["--lr", "1e30", "--epochs", 2, "--output-dir", tmp_path]
+    err = refusal(run_train(*flags))
+    assert "NaN or Inf" in err and "--lr" in err and "bfloat16" not in err
+    err = refusal(run_train(*flags, "--amp", "--amp-dtype", "float16"))
+    assert "--lr" in err and "--amp-dtype bfloat16" in err
+
+
 # ---------------------------------------------------------------- the steps
 
 
@@ -576,17 +643,50 @@ def test_flags_that_were_left_out_are_chosen_again_where_a_run_continues(
     monkeypatch.setattr(train, "DEFAULT_WORKERS", 1)
     out, stored = start("--epochs", "2", "--compile")
     assert compiled
-    assert "1 workers" in out
+    assert "1 worker " in out
     # What was given is the run's from then on.
     out, stored = start("--epochs", "3")
     assert compiled
     assert stored["compile"] is True
 
 
+def failing_compile(*args, **options):
+    raise RuntimeError("\nInvalidCxxCompiler:\nno working compiler")
+
+
+def test_what_torch_compile_lacks_is_said_and_it_is_an_error_if_it_was_asked_for(
+    run_train, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(torch, "compile", failing_compile)
+    err = refusal(run_train("--epochs", 1, "--compile", "--output-dir", tmp_path))
+    assert "--compile" in err and "InvalidCxxCompiler: no working compiler" in err
+    # As on a GPU, where it is the default.
+    monkeypatch.setattr(train, "DEVICE", SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(torch, "ones", lambda *size, device: torch.zeros(*size))
+    assert train.can_compile(SimpleNamespace(compile=None)) is False
+    out = capfd.readouterr().out
+    assert "warning" in out and "no working compiler" in out
+    assert train.can_compile(SimpleNamespace(compile=False)) is False
+
+
 @pytest.mark.cpu("there is a GPU")
-def test_without_a_gpu_the_output_says_so(run_train, tmp_path):
-    out = success(run_train("--epochs", 1, "--output-dir", tmp_path))
-    assert any("GPU" in line and "CPU" in line for line in out.splitlines())
+def test_without_a_gpu_a_line_says_so_and_why(run_train, tmp_path, monkeypatch):
+    flags = ["--epochs", 1, "--output-dir", tmp_path]
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    out = success(run_train(*flags))
+    assert "no GPU found" in out
+    assert "build of torch" not in out
+    assert "days" not in out  # That is for the full dataset alone.
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "this build of torch, which has no CUDA" in success(run_train(*flags, "--overwrite"))
+
+
+def test_more_processes_than_gpus_are_refused_with_both_numbers(run_train, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "DEVICE", torch.device("cuda"))
+    monkeypatch.setattr(train, "LOCAL_WORLD_SIZE", 4)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    err = refusal(run_train("--epochs", 1, "--output-dir", tmp_path))
+    assert "4 processes" in err and "3 GPUs" in err
 
 
 # ---------------------------------------------------------------- flags
@@ -610,11 +710,12 @@ def test_the_lowest_numbers_are_accepted(run_train, tmp_path):
 
 @pytest.mark.parametrize("flag", LOWEST)
 def test_a_flag_out_of_range_is_named_with_its_limit(run_train, flag):
-    for value in ("nan", "-inf", "many", TOO_LOW.get(flag, LOWEST[flag] - 1)):
+    too_low = TOO_LOW.get(flag, LOWEST[flag] - 1)
+    for value, reason in ((too_low, f"at least {LOWEST[flag]}"), ("nan", ""), ("many", "invalid")):
         status, _, err = run_train(f"--{flag}={value}")
         assert status == 2
         line = err.splitlines()[-1]
-        for words in (f"--{flag}", str(value), f"at least {LOWEST[flag]}"):
+        for words in (f"--{flag}", str(value), reason):
             assert words in line
 
 
@@ -637,6 +738,14 @@ def test_without_an_output_folder_a_run_is_written_to_the_current_one(
     monkeypatch.chdir(tmp_path)
     success(run_train("--epochs", 1))
     assert (tmp_path / "best_model.pth").exists()
+
+
+def test_a_batch_above_the_number_of_photos_is_refused_with_one_that_works(run_train, tmp_path):
+    flags = ["--epochs", 1, "--output-dir", tmp_path]
+    err = refusal(run_train(*flags, "--batch-size", 17))
+    assert "--batch-size 17" in err and "16" in err
+    suggested = re.search(r"try --batch-size (\d+)", err)[1]
+    success(run_train(*flags, "--batch-size", suggested))
 
 
 # ---------------------------------------------------------------- that it learns
