@@ -58,10 +58,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--images", nargs="+", type=train.user_path, metavar="PATH",
         help="classify these photos, and those in these folders, instead of a split")
     add("--tta", action="store_true",
-        help="also evaluate the mean logits of six views; with --images, only these")
+        help="also evaluate the mean logits of six views; with --images, use only that mean")
     add("--num-gradcam", type=train.at_least(0), default=16,
-        help="random photos to draw GradCAM maps of, and of the worst errors at most 5; 0 draws "
-        "none and deletes older GradCAM pictures (default: %(default)s)")
+        help="number of random photos to draw GradCAM maps of, plus up to 5 of the worst errors; "
+        "0 draws none and deletes older GradCAM pictures (default: %(default)s)")
     add("--seed", type=train.at_least(0), default=42,
         help="seed that picks the photos for GradCAM (default: %(default)s)")
     add("--resolution", type=train.at_least(32),
@@ -73,7 +73,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--amp", action=argparse.BooleanOptionalAction,
         help="use mixed precision (default: as in the run)")
     add("--output-dir", type=train.user_path,
-        help="folder for all files (default: that of the checkpoint)")
+        help="folder for all files, which replace older ones (default: that of the checkpoint)")
     # fmt: on
     return parser.parse_args(argv)
 
@@ -431,8 +431,8 @@ def plot_grad_cam(crops: list, maps: list, panels: list[dict]) -> Figure:
     resolution = len(crops[0])
     cells = math.ceil(resolution / 32)
     lines = [
-        "GradCAM: from blue to red, how much a region",
-        "speaks for the predicted class. Titles of errors are red.",
+        "GradCAM: from blue to red, how strongly a region",
+        "supports the predicted class. Titles of errors are red.",
         f"{cells} × {cells} cells, enlarged to {resolution} px",
     ]
     if cells < 4:
@@ -452,7 +452,10 @@ def draw_grad_cam(
     if not panels:
         file.unlink(missing_ok=True)
         return
-    crops = [views[panel["row"], 0][0][0] for panel in panels]
+    crops = []
+    for panel in panels:
+        views_of_photo, _ = views[panel["row"], 0]
+        crops.append(views_of_photo[0])
     maps = [
         grad_cam(network, crop, panel["target"]) for crop, panel in zip(crops, panels, strict=True)
     ]
@@ -461,7 +464,7 @@ def draw_grad_cam(
 
 def photo_name(row: int, file: str | None) -> str:
     """Return "row 12" and the end of the photo's path, if it has one."""
-    return f"row {row}, {file[-40:]}" if file else f"row {row}"
+    return f"row {row}, {file[-40:]}" if isinstance(file, str) else f"row {row}"
 
 
 # ---------------------------------------------------------------- the evaluation of a split
@@ -480,12 +483,11 @@ def load_evaluated_split(args: argparse.Namespace, checkpoint: dict) -> datasets
         if fraction and args.split in ("train", "val") and "val" not in sources:
             train_split = train.load_split(sources, "train", classes)
             parts = train.hold_out(train_split, fraction)
-            if {name: len(part) for name, part in parts.items()} != checkpoint["num_photos"]:
-                raise ValueError(
-                    "it has another number of photos than the run, so others are held out"
-                )
+            checksums = {name: train.label_checksum(part) for name, part in parts.items()}
+            if checksums != checkpoint.get("label_checksums"):
+                raise ValueError("other photos than in the run would be held out")
             return parts[args.split]
-        if args.split not in sources and "val" in sources:
+        if args.split not in sources and ("val" in sources or fraction):
             raise ValueError(
                 f"it has no {args.split} split: evaluate its val split with --split val"
             )
@@ -641,7 +643,7 @@ def main(argv: list[str] | None = None):
     if chosen_on:
         accuracy = checkpoint[f"{chosen_on}_accuracy"]
         epoch = f"epoch {checkpoint['epoch']}, trained at {checkpoint['resolution']} px"
-        print(f"            {epoch}, chosen on the {chosen_on} split ({accuracy:.2%})")
+        print(f"            {epoch}, chosen on the {chosen_on} split (in training: {accuracy:.2%})")
     train.set_up()
     print(f"device      {train.device_name()}, {train.amp_dtype(args)}")
     print(f"resolution  {args.resolution} px")

@@ -32,6 +32,7 @@ import sys
 import tempfile
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -126,7 +127,8 @@ def plural(number: int, noun: str) -> str:
 # parse_args. Gradient clipping goes into train_one_epoch. `args` are the flags; B is the batch size
 # and R is args.resolution, in pixels.
 
-# The network. For another CNN of torchvision.models, change these four lines and their import.
+# The network. For another CNN of torchvision.models, change these four lines and their import; not
+# for DenseNet, GoogLeNet and Inception, whose weights or outputs differ.
 NETWORK = SimpleNamespace(
     build=resnet50,
     weights=ResNet50_Weights.IMAGENET1K_V2,
@@ -404,9 +406,9 @@ class TrainBatches(torch.utils.data.Sampler):
 
     Order and crops depend on --seed and the epoch alone. A last batch is left out if it is smaller
     than an eighth of the others, or than two photos for each process: a step with the batch norm
-    statistics of so few photos, just before the evaluation, does more harm than good. Its photos
-    come in other epochs. The published runs leave out none: 8144 photos are 63 batches of 128 and
-    one of 80, or 127 of 64 and one of 16.
+    statistics of so few photos, just before the evaluation, does more harm than good. Those photos
+    are seen in other epochs. The published runs leave out none: 8144 photos are 63 batches of 128
+    and one of 80, or 127 of 64 and one of 16.
     """
 
     def __init__(self, args: argparse.Namespace, num_photos: int):
@@ -460,7 +462,7 @@ def make_loader(photos: CroppedPhotos, index_batches: Iterable, workers: int) ->
         num_workers=workers,
         pin_memory=DEVICE.type == "cuda",
         multiprocessing_context=context,
-        generator=torch.Generator(),  # iter() draws a number; the step's own stay as they are.
+        generator=torch.Generator(),  # so that iter() does not advance the global random state
         persistent_workers=workers > 0,
     )
 
@@ -731,8 +733,9 @@ def train_epochs(
     """Train the epochs that are missing in `run`, and save it after each of them.
 
     Args:
-        run: everything in a checkpoint but state dicts, from describe_run. Its "history" grows, a
-            row for each epoch, and so does "elapsed", in seconds.
+        run: everything in a checkpoint but state dicts, from describe_run: settings, classes,
+            numbers of photos, … Its "history" grows, a row for each epoch, and so does "elapsed",
+            in seconds.
         splits: the train split and the one on which the best epoch is chosen, from load_splits.
 
     Raises InputError if weights or batch norm statistics are not finite after an epoch, if a photo
@@ -743,8 +746,8 @@ def train_epochs(
     train_network = network
     if WORLD_SIZE > 1:
         train_network = DistributedDataParallel(network)
-        # Only the evaluation reads buffers, and they are broadcast before it. As an argument, this
-        # would also skip the first synchronization.
+        # Only the evaluation reads buffers, and they are broadcast before it. In the constructor,
+        # broadcast_buffers=False would also skip the initial copy of the first process's buffers.
         train_network.broadcast_buffers = False
 
     start = time.perf_counter() - run["elapsed"]
@@ -863,8 +866,8 @@ RUN_FILES = (
 )
 # These flags say where a run is; all others are its settings.
 NOT_SETTINGS = ("output_dir", "resume", "overwrite")
-# These settings may change when a run is resumed. The dataset may have moved: its classes and
-# numbers of photos are compared instead of its path.
+# These settings may change when a run is resumed. The dataset may have moved: its classes, numbers
+# of photos and, with --val-split, labels are compared instead of its path.
 CHANGEABLE_SETTINGS = ("dataset", "epochs", "workers", "compile")
 
 
@@ -877,6 +880,9 @@ def open_run(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     args = parse_args(argv)
     folder = args.output_dir
     make_output_dir(folder)
+    for draft in folder.glob(".partial-*"):  # of atomic_write; its process may have been killed
+        if sys.platform == "linux" and not Path("/proc", draft.name.split("-")[1]).exists():
+            draft.unlink(missing_ok=True)
     last_checkpoint = folder / "last_checkpoint.pth"
     best_model = folder / "best_model.pth"
     existing = [file.name for file in (last_checkpoint, best_model) if file.exists()]
@@ -928,6 +934,7 @@ def describe_run(
         "classes": splits["train"].features["label"].names,
         "resolution": args.resolution,
         "num_photos": {name: len(photos) for name, photos in splits.items()},
+        "label_checksums": {name: label_checksum(photos) for name, photos in splits.items()},
         "eval_split": choose_eval_split(splits),
         "has_test_split": has_test_split,
         "device": f"{device_name()}, {amp_dtype(args)}",
@@ -939,7 +946,17 @@ def describe_run(
             f"--dataset: the run to resume has {format_counts(checkpoint)}, but there are "
             f"{format_counts(run)}"
         )
+    if checkpoint and args.val_split and checkpoint["label_checksums"] != run["label_checksums"]:
+        raise InputError(
+            "--dataset: its photos are in another order than in the run to resume: with "
+            "--val-split, other ones would be held out"
+        )
     return run
+
+
+def label_checksum(photos: datasets.Dataset) -> int:
+    """Return a CRC of the labels in their order, on which depends what --val-split holds out."""
+    return zlib.crc32(np.array(photos["label"][:], np.int64).tobytes())
 
 
 def atomic_write(file: Path, write: Callable):
@@ -977,7 +994,7 @@ def write_results(checkpoint: dict, folder: Path):
     """Write the files that follow from last_checkpoint.pth."""
     best = best_row(checkpoint)
     if best["epoch"] == checkpoint["epoch"]:
-        names = ("model", "classes", "resolution", "epoch", "num_photos", "settings")
+        names = ("model", "classes", "resolution", "epoch", "settings", "label_checksums")
         best_model = {name: checkpoint[name] for name in names}
         accuracy = f"{checkpoint['eval_split']}_accuracy"
         best_model[accuracy] = best[accuracy]
@@ -1043,8 +1060,7 @@ def read_checkpoint(file: Path) -> dict:
         for name, value in checkpoint["model"].items():
             state[re.sub(r"^((_orig_mod|module)\.)+", "", name)] = value.detach()
     except Exception as error:
-        # Of a damaged file, torch raises errors of any type.
-        # torch's own text advises to execute the code in the file.
+        # torch may raise any exception for a damaged file, or advise to execute code in it.
         code = re.findall(r"GLOBAL (\S+)", str(error))
         reason = f"it contains {code[0]}" if code else type(error).__name__
         raise InputError(f"cannot read {file}: damaged, or not a state dict ({reason})") from error
@@ -1077,7 +1093,7 @@ def find_splits(dataset: str) -> dict[str, Callable[[], datasets.Dataset]]:
 
 
 def splits_on_hub(dataset: str) -> dict[str, Callable[[], datasets.Dataset]]:
-    """Download a dataset, or find it in the cache. Of the default one, only train and test.
+    """Download a dataset, or find it in the cache. Of the default dataset, only train and test.
 
     Under torchrun all processes ask; the locks of the Hub's cache let one of them download.
     """
@@ -1201,8 +1217,12 @@ def hold_out(photos: datasets.Dataset, fraction: float) -> dict[str, datasets.Da
     The same photos are held out each time. Raises ValueError for classes of one photo, and
     InputError if `fraction` is less than a photo of each class.
     """
+    # Importing it takes a second, which runs without --val-split save.
+    from sklearn.model_selection import train_test_split
+
     names = photos.features["label"].names
-    numbers = np.bincount(photos["label"][:], minlength=len(names))
+    labels = photos["label"][:]
+    numbers = np.bincount(labels, minlength=len(names))
     too_small = [name for name, number in zip(names, numbers, strict=True) if number == 1]
     if too_small:
         raise ValueError(
@@ -1210,8 +1230,10 @@ def hold_out(photos: datasets.Dataset, fraction: float) -> dict[str, datasets.Da
             f"classes have one, such as {', '.join(too_small[:3])}"
         )
     with reported_as(f"--val-split {fraction} is not possible"):
-        parts = photos.train_test_split(fraction, stratify_by_column="label", seed=0)
-    return {"train": parts["train"], "val": parts["test"]}
+        train_rows, val_rows = train_test_split(
+            range(len(photos)), test_size=fraction, stratify=labels, random_state=0
+        )
+    return {"train": photos.select(sorted(train_rows)), "val": photos.select(sorted(val_rows))}
 
 
 def read_parquet(files: list[Path]) -> datasets.Dataset:
@@ -1314,7 +1336,7 @@ def set_up():
     if TORCHCODEC_ERROR:
         reason = one_line(TORCHCODEC_ERROR)[:200]
         remedy = "install torchcodec from the same index as torch"
-        log(f"warning     Pillow decodes the photos, more slowly: {remedy} ({reason})")
+        log(f"warning     Pillow decodes the photos, slowly and not HEIC: {remedy} ({reason})")
     if DEVICE.type == "cpu":
         build = " by this build of torch, which has no CUDA" if torch.version.cuda is None else ""
         log(f"no GPU found{build}: using the CPU")

@@ -419,13 +419,19 @@ def test_a_line_counts_the_classes_without_a_val_photo(train_on, tmp_path):
     assert "1 of 3 classes have no val photo" in success(train_on(folder, "--val-split", 0.17))
 
 
-def test_val_photos_that_would_be_other_ones_are_not_evaluated(train_on, tmp_path, evaluate_run):
+@pytest.mark.parametrize("change", ["fewer photos", "another order"])
+def test_photos_that_would_be_divided_in_another_way_are_refused(
+    train_on, tmp_path, evaluate_run, change
+):
     photos = rows(16)
+    flags = ["--val-split", 0.25, "--resume", "--epochs"]
     folder = write_dataset(tmp_path / "cars", photos, photos, ["a", "b"])
-    success(train_on(folder, "--val-split", 0.25))
+    success(train_on(folder, *flags, 1))
     shutil.rmtree(folder)
-    write_dataset(folder, photos[:14], photos, ["a", "b"])
-    assert "number of photos" in refusal(evaluate_run("--split", "val"))
+    others = photos[:14] if change == "fewer photos" else sorted(photos, key=lambda photo: photo[1])
+    write_dataset(folder, others, photos, ["a", "b"])
+    assert "held out" in refusal(evaluate_run("--split", "val"))
+    assert "--dataset" in refusal(train_on(folder, *flags, 2))
 
 
 @pytest.mark.parametrize("layout, name", [("folders", "valid"), ("parquet", "validation")])

@@ -12,6 +12,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -447,6 +448,16 @@ def test_best_model_alone_is_neither_resumed_nor_overwritten_unasked(run_train, 
     assert "best_model.pth" in err and "last_checkpoint.pth" in err
     assert read_folder(tmp_path) == before
     success(run_train(*flags, "--overwrite"))
+
+
+def test_drafts_of_killed_runs_are_removed_and_those_of_live_ones_are_not(run_train, tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    drafts = [tmp_path / f".partial-{pid}-best_model.pth" for pid in (gone.pid, os.getppid())]
+    for draft in drafts:
+        draft.touch()
+    success(run_train("--epochs", 1, "--output-dir", tmp_path))
+    assert [draft.exists() for draft in drafts] == [False, True]
 
 
 def test_files_of_results_alone_do_not_hinder_a_run(run_train, finished, tmp_path):
