@@ -1,6 +1,6 @@
 """Draw a small dataset of cars, for the tests and for trying the program with no network.
 
-    python tests/draw_cars.py drawn_cars           # 8 classes, 320 + 80 photos, two seconds
+    python tests/draw_cars.py                      # 8 classes, 640 + 80 photos, in drawn_cars
     python tests/draw_cars.py large --width 608    # as wide as the average photo of Stanford Cars
 
 Each class is a body: its outline, its wheels, its windows and its details. Colour, place, scale,
@@ -212,7 +212,7 @@ def draw_split(
 
 def draw_cars(
     folder: Path,
-    train_per_class: int = 40,
+    train_per_class: int = 80,
     test_per_class: int = 10,
     width: int = 160,
     seed: int = 0,
@@ -233,8 +233,8 @@ if __name__ == "__main__":
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("folder", type=Path, help="where the dataset is written")
-    add("--train", type=int, default=40, help="train photos of each class (%(default)s)")
+    add("folder", type=Path, nargs="?", default=Path("drawn_cars"), help="(%(default)s)")
+    add("--train", type=int, default=80, help="train photos of each class (%(default)s)")
     add("--test", type=int, default=10, help="test photos of each class (%(default)s)")
     add("--width", type=int, default=160, help="mean width in pixels (%(default)s)")
     add("--seed", type=int, default=0, help="seed of all random draws (%(default)s)")

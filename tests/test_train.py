@@ -770,7 +770,7 @@ def test_it_learns_to_tell_red_from_blue(run_train, tmp_path, one_thread):
 def test_recipe_resnet50_learns_the_drawn_cars_from_scratch(
     real_network, run_train, tmp_path, one_thread
 ):
-    draw_cars(tmp_path / "cars")
+    draw_cars(tmp_path / "cars", train_per_class=40)
     flags = "--resolution 64 --batch-size 16 --lr 0.004 --epochs 9 --step-size 5 --workers 1"
     folders = ["--dataset", tmp_path / "cars", "--output-dir", tmp_path / "run"]
     success(run_train(*flags.split(), *folders))
