@@ -1033,7 +1033,9 @@ def draw_curves(run: dict) -> Figure:
     lr_axes.plot(table["epoch"], table["lr"], ".-")
     loss_axes.set(ylabel="loss", xlabel="epoch", yscale="log")
     accuracy_axes.set(ylabel="accuracy (%)", xlabel="epoch")
-    lr_axes.set(ylabel="learning rate", xlabel="epoch", yscale="log")
+    lr_axes.set(ylabel="learning rate", xlabel="epoch")
+    if table["lr"].min() > 0:
+        lr_axes.set_yscale("log")
     for axes in (loss_axes, accuracy_axes):
         # Above the panel, where no curve is.
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
@@ -1470,9 +1472,10 @@ def main(argv: list[str] | None = None):
                 (args.output_dir / name).unlink(missing_ok=True)
     try:
         train_epochs(args, run, splits, network, optimizer, scaler)
-    except (KeyboardInterrupt, InputError) as error:
-        # In a notebook, the frames of the traceback would keep the workers and the progress bar.
-        traceback.clear_frames(error.__traceback__)
+    except BaseException as error:
+        if hasattr(sys, "ps1"):
+            # In a notebook, the traceback's frames would keep the workers and the progress bar.
+            traceback.clear_frames(error.__traceback__)
         if isinstance(error, KeyboardInterrupt):
             log("interrupted: --resume continues after the last saved epoch")
         raise

@@ -273,6 +273,7 @@ def main(argv: list[str] | None = None):
         compare_predictions(args.reference, splits, network, args.resolution[0])
     if not all(PARTS):
         sys.exit(f"{PARTS.count(False)} parts differ from the reference")
+    print(f"all {len(PARTS)} parts are as expected")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Tests that need a CPU or several devices are then skipped, with the reason.
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -45,6 +46,8 @@ import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 
 datasets.disable_progress_bars()
+# Runs in the tests' process are like those in a notebook: their workers have to end with them.
+sys.ps1 = ">>> "
 # With the lowest versions, torchcodec may not load. One test looks at the line that says so.
 train.TORCHCODEC_ERROR = None
 
@@ -74,7 +77,14 @@ def float32_products():
 
 
 @pytest.fixture(autouse=True)
-def figures(monkeypatch) -> list[Figure]:
+def no_leftovers(tmp_path):
+    """Remove a test's files at its end, before the disk is busy with them: all together are 10 GB."""
+    yield
+    shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def figures(no_leftovers, monkeypatch) -> list[Figure]:
     """The figures that a script saves in the tests' process, in their order, not drawn.
 
     Drawing them takes most of the time of a small run. Instead, a file gets a PNG's first bytes.

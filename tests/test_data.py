@@ -413,6 +413,15 @@ def test_classes_too_small_for_a_val_split_are_counted_and_named(run_train, tmp_
     assert "--val-split" in err and "3 of 4" in err and "one, two, three" in err
 
 
+def test_each_class_gives_its_share_of_the_val_photos(train_on, run_eval, tmp_path):
+    cars = write_dataset(tmp_path / "cars", rows(40, 10), rows(10, 10), [*"abcdefghij"])
+    success(train_on(cars, "--val-split", 0.25))
+    flags = ["--checkpoint", tmp_path / "run/best_model.pth", "--num-gradcam", 0]
+    success(run_eval(*flags, "--split", "val"))
+    labels = [photo["true"] for photo in read_predictions(tmp_path / "run")]
+    assert sorted(labels) == [*"abcdefghij"]
+
+
 def test_a_line_counts_the_classes_without_a_val_photo(train_on, tmp_path):
     photos = [(jpeg(row), min(row // 8, 2)) for row in range(18)]  # 8, 8 and 2
     folder = write_dataset(tmp_path / "cars", photos, photos, ["a", "b", "c"])
@@ -616,6 +625,7 @@ def test_an_interrupted_download_continues_in_the_next_run(cars, train_from, fil
     success(train_from(NOWHERE))
 
 
+@pytest.mark.slow
 def test_processes_that_ask_at_once_download_each_file_once(cars, tmp_path, ranks):
     flags = ["--dataset", train.DEFAULT_DATASET, "--epochs", 1, "--output-dir", tmp_path / "run"]
     with stand_in_hub(cars, *DEFAULT, seconds=0.5) as (url, fetched):
@@ -800,6 +810,12 @@ def test_a_small_last_batch_is_left_out_and_comes_in_other_epochs(crops, train_o
     success(train_on(folder, "--batch-size", 24, "--epochs", 3))
     assert len(crops) == 3 * 24
     assert len(dict(crops)) == 26
+
+
+def test_a_last_batch_of_one_photo_is_left_out_though_it_is_an_eighth(crops, train_on, tmp_path):
+    folder = write_dataset(tmp_path / "17", rows(17), rows(2), ["a", "b"])
+    success(train_on(folder, "--batch-size", 8))
+    assert len(crops) == 16
 
 
 def test_a_last_batch_of_an_eighth_of_the_others_is_trained_on(crops, train_on, tmp_path):

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -298,6 +300,73 @@ def test_a_process_that_finds_no_checkpoint_is_refused(ranks, run_train, tmp_pat
     for outcome in ranks(2, *flags, inside=inside):
         assert "last_checkpoint.pth" in refusal(outcome)
     assert load(tmp_path / "run/last_checkpoint.pth")["epoch"] == before
+
+
+def test_processes_get_equal_shares_of_an_odd_last_batch(ranks, tmp_path):
+    # It has five photos: two for each process, and one that comes in another epoch.
+    photos = rows(21)
+    cars = write_dataset(tmp_path / "cars", photos[:17], photos[17:], ["Audi", "BMW"])
+    flags = ["--dataset", cars, "--batch-size", 6, "--epochs", 1, "--output-dir", tmp_path / "run"]
+    inside = functools.partial(noted_photos, tmp_path)
+    for outcome in ranks(2, *flags, inside=inside):
+        success(outcome)
+    noted = [json.loads((tmp_path / f"photos{number}.json").read_text()) for number in range(2)]
+    # In training 3, 3 and 2, and two of the test photos.
+    assert [len(photos) for photos in noted] == [10, 10]
+
+
+@contextlib.contextmanager
+def noted_draws(folder: Path):
+    """Each rank leaves the random numbers that its steps draw in `folder`."""
+    drawn = []
+
+    def draw(network, inputs):  # As mixup does.
+        if network.training:
+            drawn.extend((random.random(), np.random.rand(), torch.rand(1).item()))
+
+    with at_build(lambda network: network.register_forward_pre_hook(draw)):
+        yield
+    (folder / f"draws{own_rank()}.json").write_text(json.dumps(drawn))
+
+
+def test_each_process_draws_random_numbers_of_its_own(ranks, tmp_path):
+    inside = functools.partial(noted_draws, tmp_path)
+    for outcome in ranks(2, "--epochs", 1, "--output-dir", tmp_path / "run", inside=inside):
+        success(outcome)
+    first, second = [json.loads((tmp_path / f"draws{rank}.json").read_text()) for rank in range(2)]
+    assert len(first) == len(second) == 6  # three in each of two steps
+    assert len({*first, *second}) == 12
+
+
+@contextlib.contextmanager
+def second_cannot_write():
+    unwritable = contextlib.nullcontext()
+    if own_rank() == 1:
+        unwritable = mock.patch.object(os, "replace", side_effect=OSError("not here"))
+    with unwritable:
+        yield
+
+
+def test_the_first_process_alone_writes_the_files(ranks, tmp_path):
+    flags = ["--epochs", 2, "--output-dir", tmp_path / "run"]
+    for outcome in ranks(2, *flags, inside=second_cannot_write):
+        success(outcome)
+    assert load(tmp_path / "run/last_checkpoint.pth")["epoch"] == 2
+
+
+OTHER_PHOTOS = {"classes": (16, ["a", "c"]), "numbers of photos": (17, ["a", "b"])}
+
+
+@pytest.mark.parametrize("difference", OTHER_PHOTOS)
+def test_processes_with_other_photos_are_refused(ranks, tmp_path, difference):
+    count, names = OTHER_PHOTOS[difference]
+    one = write_dataset(tmp_path / "one", rows(16), rows(4), ["a", "b"])
+    other = write_dataset(tmp_path / "other", rows(count), rows(4), names)
+    inside = functools.partial(other_flags_in_the_second_process, "--dataset", str(other))
+    flags = ["--dataset", one, "--epochs", 1, "--output-dir", tmp_path / "run"]
+    for outcome in ranks(2, *flags, inside=inside):
+        assert f"differ in {difference}\n" in refusal(outcome)
+    assert not list((tmp_path / "run").iterdir())
 
 
 # ---------------------------------------------------------------- torchrun itself

@@ -29,6 +29,7 @@ from sklearn.metrics import balanced_accuracy_score, classification_report, log_
 from small import RESNET50, small_resnet
 from torchvision.transforms import v2
 
+import eval as evaluation
 import train
 from eval import compute_metrics
 
@@ -424,6 +425,29 @@ def test_photos_in_folders_and_in_parquet_files_get_the_same_predictions(
     np.testing.assert_allclose(shares[0], shares[1], atol=1e-5)
 
 
+PRECISIONS = [(False, None, "float32"), (True, None, "bfloat16"), (True, "float16", "float16")]
+
+
+@pytest.mark.cpu("a GPU computes in float16 by default")
+@pytest.mark.parametrize("amp, amp_dtype, precision", PRECISIONS)
+def test_a_checkpoint_is_evaluated_in_the_precision_of_its_run(
+    plain,
+    tmp_path,
+    monkeypatch,
+    amp,
+    amp_dtype,
+    precision,
+):
+    # As on a CPU that has bfloat16.
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    settings = {**plain.saved["settings"], "amp": amp, "amp_dtype": amp_dtype}
+    torch.save({**plain.saved, "settings": settings}, tmp_path / "run.pth")
+    # The fixture run_eval passes --no-amp.
+    flags = ["--checkpoint", str(tmp_path / "run.pth"), "--workers", "0", "--num-gradcam", "0"]
+    evaluation.main(flags)
+    assert read_metrics(tmp_path)["run"]["precision"] == f"torch.{precision}"
+
+
 def test_evaluations_use_no_kernels_picked_by_timing(run_eval, plain, tmp_path, monkeypatch):
     # With cudnn.benchmark, two evaluations of a checkpoint differ in some photos.
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
@@ -604,12 +628,19 @@ def test_panels_name_their_photos_and_the_heading_tells_what_maps_of_few_cells_a
             assert f"true: {photo['true']}" in title
 
 
-def test_the_confusion_matrix_of_thousands_of_classes_keeps_its_size(
-    run_eval_on, figures, tmp_path
-):
-    names = [f"class {index}" for index in range(2000)]
-    labels = [0, 1, 1999]
-    logits = 5 * torch.eye(2000)[[0, 1999, 1]]
+def test_the_colours_of_the_confusion_matrix_are_shares_of_the_true_class(run_eval_on, figures):
+    labels = [0, 0, 0, 0, 1, 1, 2]
+    taken_for = [0, 0, 0, 1, 1, 2, 1]
+    success(run_eval_on([*"abc"], labels, 5 * torch.eye(3)[taken_for], "--num-gradcam", 0))
+    axes, _ = figures[0].axes
+    shares = [[0.75, 0.25, 0], [0, 0.5, 0.5], [0, 1, 0]]
+    np.testing.assert_allclose(axes.images[0].get_array(), shares)
+
+
+def test_the_confusion_matrix_of_hundreds_of_classes_keeps_its_size(run_eval_on, figures, tmp_path):
+    names = [f"class {index}" for index in range(400)]
+    labels = [0, 1, 399]
+    logits = 5 * torch.eye(400)[[0, 399, 1]]
     success(run_eval_on(names, labels, logits, "--num-gradcam", 0))
     axes, _ = figures[0].axes
     assert max(figures[0].get_size_inches()) <= 62.5  # that of 350 classes
@@ -736,6 +767,13 @@ def test_usage_errors_end_with_a_line_and_status_2(run_eval, plain, flags):
     status, out, err = run_eval("--checkpoint", plain.checkpoint, name, *value)
     assert (status, out) == (2, "")
     assert all(text in err.splitlines()[-1] for text in (name, *value))
+
+
+def test_under_torchrun_it_says_how_to_start_it(fork, plain, tmp_path):
+    environment = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0}
+    flags = ["--checkpoint", plain.checkpoint, "--output-dir", tmp_path / "report"]
+    assert "without torchrun" in refusal(fork("eval.py", *flags, **environment).end())
+    assert not (tmp_path / "report").exists()
 
 
 def test_a_misspelt_checkpoint_creates_no_folder_and_a_file_as_folder_is_refused_at_once(

@@ -288,7 +288,8 @@ def test_a_parameter_group_keeps_its_share_of_the_learning_rate(run_train, tmp_p
         return torch.optim.SGD([{"params": rest}, *head], lr=0.01)
 
     monkeypatch.setattr(train, "build_optimizer", two_groups)
-    flags = ["--step-size", 1, "--output-dir", tmp_path, "--resume"]
+    monkeypatch.setattr(train, "lr_factor", lambda args, epochs_done: 0.1 ** int(epochs_done))
+    flags = ["--output-dir", tmp_path, "--resume"]
     success(run_train(*flags, "--epochs", 2))
     success(run_train(*flags, "--epochs", 3))
     groups = load(tmp_path / "last_checkpoint.pth")["optimizer"]["param_groups"]
@@ -514,6 +515,30 @@ def test_the_optimizers_state_keeps_its_layout_in_a_checkpoint(run_train, tmp_pa
             assert moment.stride() == expected.stride()
 
 
+def test_an_evaluation_stores_no_activations(run_train, tmp_path, monkeypatch):
+    # The sums of the losses would keep those of all batches.
+    noted = set()
+    at_forward(
+        monkeypatch,
+        lambda network, inputs, logits: noted.add((network.training, logits.requires_grad)),
+    )
+    success(run_train("--epochs", 1, "--output-dir", tmp_path))
+    assert noted == {(True, True), (False, False)}
+
+
+def test_another_seed_draws_other_random_numbers_in_the_steps(run_train, tmp_path, monkeypatch):
+    drawn = []
+
+    def draw(network, inputs, logits):  # As mixup does.
+        if network.training:
+            drawn.extend((random.random(), np.random.rand(), torch.rand(1).item()))
+
+    at_forward(monkeypatch, draw)
+    for seed in (0, 1):
+        success(run_train("--epochs", 1, "--seed", seed, "--output-dir", tmp_path / f"{seed}"))
+    assert len(drawn) == len(set(drawn)) == 12  # three in each of two steps
+
+
 # ---------------------------------------------------------------- precision and compilation
 
 
@@ -608,6 +633,7 @@ def test_full_batches_are_compiled_and_a_smaller_last_batch_is_not(
 
 
 @pytest.mark.cpu("on a GPU, it needs another compiler")
+@pytest.mark.slow
 def test_compile_without_a_compiler_is_refused_in_one_line(fork, cars, tmp_path):
     # What was compiled before must not help.
     environment = {"PATH": tmp_path, "CXX": "", "TORCHINDUCTOR_CACHE_DIR": tmp_path / "cache"}
