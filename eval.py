@@ -494,18 +494,29 @@ def load_evaluated_split(args: argparse.Namespace, checkpoint: dict) -> datasets
         return train.load_split(sources, args.split, classes)
 
 
-def evaluate_split(args, photos: datasets.Dataset, network: torch.nn.Module, info: dict):
+def evaluate_split(args, photos: datasets.Dataset, network: torch.nn.Module, checkpoint: dict):
     """Print the report on a split, and write its metrics, tables and pictures."""
     classes = photos.features["label"].names
     labels = torch.tensor(photos["label"][:])
     views = train.CroppedPhotos(photos, args.split, functools.partial(crop_views, args))
     start = time.perf_counter()
     logits = predict(args, network, views)
-    info["photos_per_second"] = len(photos) / (time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    run = {
+        "checkpoint": str(args.checkpoint),
+        "epoch": checkpoint.get("epoch"),
+        "chosen_on": checkpoint["chosen_on"],
+        "split": args.split,
+        "device": train.DEVICE.type,
+        "precision": str(train.amp_dtype(args)),
+        "torch": torch.__version__,
+        "flags": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
+        "photos_per_second": len(photos) / seconds,
+    }
 
     one_view = logits[0]
     six_views = None
-    metrics = {"run": info, args.split: compute_metrics(one_view, labels, classes)}
+    metrics = {"run": run, args.split: compute_metrics(one_view, labels, classes)}
     per_class = DataFrame(metrics[args.split]["per_class"])
     pairs = DataFrame(metrics[args.split]["confused_pairs"])
     if args.tta:
@@ -617,21 +628,19 @@ def classify_images(args, images: list[str], network: torch.nn.Module, classes: 
 # ---------------------------------------------------------------- main
 
 
-def main(argv: list[str] | None = None):
-    """Evaluate as the flags in `argv` say. Raises InputError for a mistake the user can fix."""
-    args = parse_args(argv)
-    if train.WORLD_SIZE > 1:
-        raise train.InputError("start eval.py without torchrun: it uses one GPU")
+def open_checkpoint(args: argparse.Namespace) -> dict:
+    """Read --checkpoint, print what it is, and let the flags that were not given follow its run.
+
+    Adds "chosen_on" to it: the split on which train.py chose the epoch, or None.
+    """
     checkpoint = train.read_checkpoint(args.checkpoint)
-    if args.output_dir is None:
-        args.output_dir = args.checkpoint.parent
-    train.make_output_dir(args.output_dir)
     if "settings" not in checkpoint:
         # From other programs' checkpoints, use the weights only.
         checkpoint = {"model": checkpoint["model"]}
     settings = checkpoint.get("settings", {})
-    splits = [split for split in ("test", "val") if f"{split}_accuracy" in checkpoint]
-    chosen_on = splits[0] if splits else None  # None for checkpoints other than best_model.pth
+    if args.output_dir is None:
+        args.output_dir = args.checkpoint.parent
+    train.make_output_dir(args.output_dir)
     if args.resolution is None:
         args.resolution = checkpoint.get("resolution", 224)
     if args.dataset is None:
@@ -639,11 +648,24 @@ def main(argv: list[str] | None = None):
     if args.amp is None:
         args.amp = settings.get("amp", True)
     args.amp_dtype = settings.get("amp_dtype")
+
     print(f"checkpoint  {args.checkpoint}")
-    if chosen_on:
-        accuracy = checkpoint[f"{chosen_on}_accuracy"]
-        epoch = f"epoch {checkpoint['epoch']}, trained at {checkpoint['resolution']} px"
-        print(f"            {epoch}, chosen on the {chosen_on} split (in training: {accuracy:.2%})")
+    checkpoint["chosen_on"] = None  # as for last_checkpoint.pth
+    for split in ("test", "val"):
+        if f"{split}_accuracy" in checkpoint:
+            checkpoint["chosen_on"] = split
+            accuracy = checkpoint[f"{split}_accuracy"]
+            epoch = f"epoch {checkpoint['epoch']}, trained at {checkpoint['resolution']} px"
+            print(f"            {epoch}, chosen on the {split} split (in training: {accuracy:.2%})")
+    return checkpoint
+
+
+def main(argv: list[str] | None = None):
+    """Evaluate as the flags in `argv` say. Raises InputError for a mistake the user can fix."""
+    args = parse_args(argv)
+    if train.WORLD_SIZE > 1:
+        raise train.InputError("start eval.py without torchrun: it uses one GPU")
+    checkpoint = open_checkpoint(args)
     train.set_up()
     print(f"device      {train.device_name()}, {train.amp_dtype(args)}")
     print(f"resolution  {args.resolution} px")
@@ -668,20 +690,9 @@ def main(argv: list[str] | None = None):
             "warning     the checkpoint names no classes: assumed to be in the dataset's order; "
             "if they are not, the accuracy is about that of guessing"
         )
-    if chosen_on == args.split:
+    if checkpoint["chosen_on"] == args.split:
         print("note        the epoch was chosen on this split: its accuracy is a little optimistic")
-    flags = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
-    info = {
-        "checkpoint": str(args.checkpoint),
-        "epoch": checkpoint.get("epoch"),
-        "chosen_on": chosen_on,
-        "split": args.split,
-        "device": train.DEVICE.type,
-        "precision": str(train.amp_dtype(args)),
-        "torch": torch.__version__,
-        "flags": flags,
-    }
-    evaluate_split(args, photos, network, info)
+    evaluate_split(args, photos, network, checkpoint)
 
 
 if __name__ == "__main__":
