@@ -253,7 +253,7 @@ def run_rows(cars: dict, resolution: int, args: argparse.Namespace):
     """train.py for three epochs and eval.py --tta, beside the textbook's epoch and evaluations."""
     cuda = train.DEVICE.type == "cuda"
     count = args.photos or (8144 if cuda else int(64 * (224 / resolution) ** 2))
-    batch_size = int((128 if cuda else 8) * 224 / resolution)
+    batch_size = min(count, int((128 if cuda else 8) * 224 / resolution))
     cars = repeated(cars, count)
     model = resnet50(num_classes=cars["train"].features["label"].num_classes).to(train.DEVICE)
     optimizer = torch.optim.SGD(model.parameters(), 0.001, 0.9, weight_decay=1e-4)
