@@ -629,7 +629,7 @@ def classify_images(args, images: list[str], network: torch.nn.Module, classes: 
 
 
 def open_checkpoint(args: argparse.Namespace) -> dict:
-    """Read --checkpoint, print what it is, and let the flags that were not given follow its run.
+    """Read and describe --checkpoint, and take flags that were not given from its run.
 
     Adds "chosen_on" to it: the split on which train.py chose the epoch, or None.
     """

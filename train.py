@@ -1053,7 +1053,7 @@ def read_checkpoint(file: Path) -> dict:
     for a file that is missing, damaged or something else.
     """
     if not file.is_file():
-        raise InputError(f"there is no checkpoint {file}")
+        raise InputError(f"checkpoint not found: {file}")
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         if "model" not in checkpoint:
@@ -1443,10 +1443,10 @@ def main(argv: list[str] | None = None):
     set_up()
     # Picks the fastest kernels by timing them. In eval.py, accuracies could differ between starts.
     torch.backends.cudnn.benchmark = True
-    if checkpoint and RANK == 0:
-        write_results(checkpoint, args.output_dir)  # A kill may have come before this.
     done = checkpoint.get("epoch", 0)
     if done >= args.epochs:
+        if RANK == 0:
+            write_results(checkpoint, args.output_dir)  # A kill may have come before this.
         log(f"nothing to train: --epochs {args.epochs}, and {plural(done, 'epoch')} done")
         log_result(args, checkpoint)
         return
@@ -1460,7 +1460,9 @@ def main(argv: list[str] | None = None):
         splits = load_splits(sources, args.val_split, checkpoint.get("classes"))
     check_batch_size(args.batch_size, len(splits["train"]))
     run = describe_run(args, splits, "test" in sources, checkpoint)
-    check_ranks_agree(run)
+    check_ranks_agree(run)  # Nothing is written before this.
+    if checkpoint and RANK == 0:
+        write_results(checkpoint, args.output_dir)
     log_start(args, run, checkpoint)
 
     network, optimizer, scaler = build_training(args, checkpoint, len(run["classes"]))
